@@ -1,0 +1,313 @@
+"""Activations on disk: written in shards that a killed run continues, read back memory-mapped and shuffled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saetools.activations.stream import ActivationBlock, stream_activations
+from saetools.data.tokenize import TokenizedConversation
+from saetools.errors import InputError, IntegrityError
+from saetools.models.language_model import LanguageModel
+from saetools.models.site import Site
+from saetools.provenance import sha256_of_file, sha256_of_texts, versions, write_json
+
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """How activations are read and stored."""
+
+    dtype: str = "bfloat16"
+    """Storage dtype: `bfloat16`, `float16` or `float32`."""
+    batch_tokens: int = 4096
+    """Padded tokens of one forward pass."""
+    shard_tokens: int = 65536
+    """About how many tokens a shard holds; a shard holds whole conversations."""
+    skip_first: bool = True
+    """Leave out first positions (attention sinks)."""
+
+
+class ActivationStore:
+    """A harvested store, opened for reading.
+
+    Args:
+        path: the folder that `harvest` wrote.
+
+    Raises:
+        IntegrityError: if the manifest or a shard is missing or has another size than the manifest says.
+        InputError: if the harvest was not finished.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        if self.manifest is None:
+            raise IntegrityError(f"{self.path} holds no readable {_MANIFEST}; harvest again")
+        if not self.manifest["complete"]:
+            raise InputError(
+                "path",
+                expected="a finished harvest",
+                received=f"{len(self.manifest['shards'])} shards of an unfinished one in {self.path}",
+                remedy="run the same harvest again; it continues",
+            )
+        for shard in self.manifest["shards"]:
+            file = self.path / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise IntegrityError(f"{file} is missing or damaged; harvest again into a new folder")
+
+    def __len__(self) -> int:
+        return sum(shard["tokens"] for shard in self.manifest["shards"])
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that were harvested."""
+        return tuple(Site.parse(name) for name in self.manifest["sites"])
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return int(self.manifest["d_model"])
+
+    def blocks(self) -> Iterator[ActivationBlock]:
+        """The shards in their order, memory-mapped."""
+        for index in range(len(self.manifest["shards"])):
+            yield self.open_shard(index)
+
+    def at(self, site: Site) -> SiteActivations:
+        """One site of the store, as `train_sae` wants it.
+
+        Raises:
+            InputError: if the site was not harvested.
+        """
+        if site not in self.sites:
+            raise InputError(
+                "site",
+                expected="one of " + ", ".join(self.manifest["sites"]),
+                received=str(site),
+                remedy="harvest this site",
+            )
+        return SiteActivations(self, site)
+
+    def verify(self) -> None:
+        """Compare every shard's SHA-256 with the manifest.
+
+        Raises:
+            IntegrityError: naming the first shard that differs.
+        """
+        for shard in self.manifest["shards"]:
+            if sha256_of_file(self.path / shard["file"]) != shard["sha256"]:
+                raise IntegrityError(f"{self.path / shard['file']} has changed since it was written; harvest again")
+
+    def open_shard(self, index: int) -> ActivationBlock:
+        """One shard, memory-mapped."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = self.path / self.manifest["shards"][index]["file"]
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise IntegrityError(f"cannot read {file} ({error}); harvest again") from error
+        return ActivationBlock(
+            {site: tensors[str(site)] for site in self.sites},
+            tensors["token_ids"].long(),
+            tensors["roles"],
+            tensors["documents"].long(),
+            tensors["positions"].long(),
+        )
+
+
+@dataclass(frozen=True)
+class SiteActivations:
+    """The activations of one site of a store, in shuffled batches.
+
+    Args:
+        store: an opened store.
+        site: one of its sites.
+        pool_shards: shards in memory at the same time; tokens are shuffled within such a pool, and shards before that.
+    """
+
+    store: ActivationStore
+    site: Site
+    pool_shards: int = 16
+
+    def n_batches(self, batch_size: int) -> int:
+        """Whole batches in one epoch."""
+        return len(self.store) // batch_size
+
+    def epoch_batches(
+        self, batch_size: int, *, seed: int, epoch: int = 0, start: int = 0
+    ) -> Iterator[Float[Tensor, "batch d_model"]]:
+        """Shuffled batches of one epoch; equal arguments give equal batches.
+
+        Tokens that do not fill the last batch are left out.
+
+        Args:
+            batch_size: tokens of a batch.
+            seed: of the shuffle.
+            epoch: every epoch has an order of its own.
+            start: leave out so many batches, hardly reading what lies before (to resume).
+        """
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        sizes = [shard["tokens"] for shard in self.store.manifest["shards"]]
+        order = torch.randperm(len(sizes), generator=generator).tolist()
+        to_skip = start * batch_size
+        rest: Tensor | None = None
+        for first in range(0, len(order), self.pool_shards):
+            group = order[first : first + self.pool_shards]
+            n_pool = sum(sizes[index] for index in group)
+            shuffled = torch.randperm(n_pool, generator=generator)
+            if to_skip >= n_pool:
+                to_skip -= n_pool
+                continue
+            pool = torch.cat([self.store.open_shard(index).acts[self.site] for index in group])
+            shuffled, to_skip = shuffled[to_skip:], 0
+            if rest is not None:
+                fill = batch_size - len(rest)
+                rest = torch.cat([rest, pool[shuffled[:fill]]])
+                shuffled = shuffled[fill:]
+                if len(rest) < batch_size:
+                    continue
+                yield rest
+            n_whole = len(shuffled) // batch_size * batch_size
+            for part in shuffled[:n_whole].split(batch_size) if n_whole else ():
+                yield pool[part]
+            rest = pool[shuffled[n_whole:]] if n_whole < len(shuffled) else None
+
+    def sample(self, n_tokens: int, *, seed: int) -> Float[Tensor, "token d_model"]:
+        """Random tokens of random shards, as many as asked for or as there are."""
+        n_tokens = min(n_tokens, len(self.store))
+        return next(self.epoch_batches(n_tokens, seed=seed))
+
+
+def harvest(
+    lm: LanguageModel,
+    sites: Sequence[Site],
+    conversations: Sequence[TokenizedConversation],
+    path: str | Path,
+    *,
+    config: HarvestConfig = HarvestConfig(),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ActivationStore:
+    """Write the activations of conversations to disk; a run that was killed continues, to the same bytes.
+
+    Args:
+        lm: the model.
+        sites: where to read.
+        conversations: tokenised conversations or texts.
+        path: folder of the store; made if missing.
+        config: dtype and sizes.
+        on_progress: called with tokens done and tokens in all.
+
+    Raises:
+        InputError: if the folder holds a store of something else.
+        IntegrityError: if an existing shard is damaged.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    identity = _identity(lm, sites, conversations, config)
+    manifest = _read_manifest(path)
+    if manifest is None:
+        manifest = {**identity, "shards": [], "complete": False}
+    elif {key: manifest.get(key) for key in identity} != identity:
+        different = [key for key in identity if manifest.get(key) != identity[key]]
+        raise InputError(
+            "path",
+            expected="an empty folder or a store of the same harvest",
+            received=f"{path}, which differs in {', '.join(different)}",
+            remedy="choose another folder",
+        )
+    dtype = getattr(torch, config.dtype)
+    plan = _plan_shards(conversations, config.shard_tokens)
+    total, done = sum(map(len, conversations)), 0
+    for index, documents in enumerate(plan):
+        n_read = sum(len(conversations[document]) for document in documents)
+        if index >= len(manifest["shards"]):
+            chosen = [conversations[document] for document in documents]
+            blocks = stream_activations(
+                lm, sites, chosen, batch_tokens=config.batch_tokens, skip_first=config.skip_first
+            )
+            tensors = _join(list(blocks), sites, dtype, first_document=documents.start)
+            file = path / f"shard-{index:05d}.safetensors"
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                save_file(tensors, temporary)
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+            entry = {"file": file.name, "tokens": len(tensors["token_ids"]), "bytes": file.stat().st_size}
+            manifest["shards"].append(entry | {"sha256": sha256_of_file(file)})
+            manifest["complete"] = index == len(plan) - 1
+            write_json(path / _MANIFEST, manifest)
+        done += n_read
+        if on_progress is not None:
+            on_progress(done, total)
+    return ActivationStore(path)
+
+
+def _identity(
+    lm: LanguageModel, sites: Sequence[Site], conversations: Sequence[TokenizedConversation], config: HarvestConfig
+) -> dict[str, Any]:
+    import numpy as np
+
+    if not conversations:
+        raise InputError("conversations", expected="at least one", received="none", remedy="pass what to read")
+    texts = (np.asarray(conversation.token_ids).tobytes().hex() for conversation in conversations)
+    return {
+        "format": _FORMAT,
+        "sites": [str(site) for site in sites],
+        "d_model": lm.d_model,
+        "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
+        "data_sha256": sha256_of_texts(texts),
+        "config": asdict(config),
+        "versions": versions(),
+    }
+
+
+def _plan_shards(conversations: Sequence[TokenizedConversation], shard_tokens: int) -> list[range]:
+    plan, start, size = [], 0, 0
+    for index, conversation in enumerate(conversations):
+        size += len(conversation)
+        if size >= shard_tokens or index == len(conversations) - 1:
+            plan.append(range(start, index + 1))
+            start, size = index + 1, 0
+    return plan
+
+
+def _join(
+    blocks: Sequence[ActivationBlock], sites: Sequence[Site], dtype: torch.dtype, *, first_document: int
+) -> dict[str, Tensor]:
+    documents = torch.cat([block.documents for block in blocks])
+    positions = torch.cat([block.positions for block in blocks])
+    order = torch.argsort(documents * (int(positions.max()) + 1 if len(positions) else 1) + positions)
+    tensors = {
+        str(site): torch.cat([block.acts[site].to("cpu", dtype) for block in blocks])[order].contiguous() for site in sites
+    }
+    tensors["token_ids"] = torch.cat([block.token_ids for block in blocks])[order].int()
+    tensors["roles"] = torch.cat([block.roles for block in blocks])[order]
+    tensors["documents"] = (documents[order] + first_document).int()
+    tensors["positions"] = positions[order].int()
+    return tensors
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest: Mapping[str, Any] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path / _MANIFEST} is damaged ({error}); harvest again into a new folder") from error
+    return dict(manifest)

@@ -1,0 +1,25 @@
+"""Language models: loading, sites, reading and editing the residual stream. Only this package knows architectures."""
+
+from saetools.models.edit import Edit, Edits, Where, edit
+from saetools.models.forward import final_hidden, log_probs, logits, read, token_log_probs
+from saetools.models.language_model import LanguageModel
+from saetools.models.load import check_pair, load_model
+from saetools.models.site import STREAMS, Site, Stream
+
+__all__ = [
+    "STREAMS",
+    "Edit",
+    "Edits",
+    "LanguageModel",
+    "Site",
+    "Stream",
+    "Where",
+    "check_pair",
+    "edit",
+    "final_hidden",
+    "load_model",
+    "log_probs",
+    "logits",
+    "read",
+    "token_log_probs",
+]

@@ -1,0 +1,187 @@
+"""Editing the residual stream: pure functions attached to sites for the length of a `with` block."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from saetools.data.roles import Role
+from saetools.errors import InputError
+from saetools.models.language_model import LanguageModel
+from saetools.models.layout import Access, locate
+from saetools.models.site import Site
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which tokens an edit sees: one forward pass of a batch, maybe continuing a KV cache.
+
+    Args:
+        token_ids: tokens of this pass; `None` where the model was given embeddings.
+        mask: `False` at padding.
+        positions: place of each token in its row, counted over non-padding tokens from 0; -1 at padding.
+        roles: `Role` flags; tokens beyond the roles that were given count as response. `None` if none were given.
+        rows: row of each batch entry in the batch as given (entries of one row may be several, as in beam search).
+        steps: 0 up to the end of the given roles, then the number of tokens generated so far.
+    """
+
+    token_ids: Int[Tensor, "row pos"] | None
+    mask: Bool[Tensor, "row pos"]
+    positions: Int[Tensor, "row pos"]
+    roles: UInt8[Tensor, "row pos"] | None
+    rows: Int[Tensor, " row"]
+    steps: Int[Tensor, " pos"]
+
+    def __getitem__(self, rows: slice) -> Where:
+        """The same for some rows of the batch."""
+        return Where(
+            token_ids=None if self.token_ids is None else self.token_ids[rows],
+            mask=self.mask[rows],
+            positions=self.positions[rows],
+            roles=None if self.roles is None else self.roles[rows],
+            rows=self.rows[rows],
+            steps=self.steps,
+        )
+
+
+Edit = Callable[[Float[Tensor, "row pos d_model"], Where], Float[Tensor, "row pos d_model"]]
+"""A pure function of activations and of where they are: `edit(acts, where) -> acts` of equal shape, dtype, device."""
+
+Edits = Mapping[Site, Edit | Sequence[Edit]]
+"""What to do at each site; several edits at one site run in their order."""
+
+
+@contextmanager
+def edit(lm: LanguageModel, edits: Edits, *, roles: UInt8[Tensor, "row width"] | None = None) -> Iterator[None]:
+    """Edit the residual stream of every forward pass inside the block.
+
+    Works for our own functions, Hugging Face `generate`, and calls of a TransformerLens model. Blocks nest: the outer
+    edits run first. Hooks come off when the block ends, also by an exception.
+
+    Args:
+        lm: the model; views of the same weights are edited with it.
+        edits: edits per site.
+        roles: role flags of the batch that will be run (with its padding), for edits scoped by role; tokens after
+            them count as response.
+
+    Raises:
+        InputError: if a site does not exist in this model.
+
+    Example:
+        >>> with edit(lm, {Site(1): lambda acts, where: 0 * acts}):
+        ...     zeroed = lm.model(**lm.tokenizer("Hello there", return_tensors="pt")).logits
+    """
+    plans = [(*locate(lm.model, lm.layout, site), _as_sequence(fns)) for site, fns in edits.items()]
+    if not plans:
+        yield
+        return
+    current: list[Where] = []
+
+    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current[:] = [_where(module, args, kwargs, roles)]
+
+    def apply(acts: Tensor, fns: Sequence[Edit]) -> Tensor:
+        for fn in fns:
+            acts = fn(acts, current[0])
+        return acts
+
+    with ExitStack() as hooks:
+        hooks.callback(lm.backbone.register_forward_pre_hook(capture, with_kwargs=True).remove)
+        for module, access, fns in plans:
+            hooks.callback(attach(module, access, lambda acts, fns=fns: apply(acts, fns)).remove)
+        yield
+
+
+def attach(module: nn.Module, access: Access, fn: Callable[[Tensor], Tensor | None]) -> Any:
+    """Hook a stream of a module: `fn` sees it and may return another value for it. Returns the hook's handle."""
+
+    def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            new = fn(output[0])
+            return None if new is None else (new, *output[1:])
+        return fn(output)
+
+    def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = fn(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = fn(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    def on_input_in_place(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        new = fn(args[0])
+        if new is not None and new is not args[0]:
+            args[0].copy_(new)
+
+    match access:
+        case "output":
+            return module.register_forward_hook(on_output)
+        case "input":
+            return module.register_forward_pre_hook(on_input, with_kwargs=True)
+        case "input_in_place":
+            return module.register_forward_pre_hook(on_input_in_place)
+
+
+def _as_sequence(fns: Edit | Sequence[Edit]) -> Sequence[Edit]:
+    return fns if isinstance(fns, Sequence) else (fns,)
+
+
+def _where(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Tensor | None) -> Where:
+    call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    call = {**call, **call.pop("kwargs", {})}
+    ids = call.get("input_ids", call.get("input"))
+    shaped = ids if isinstance(ids, Tensor) else call.get("inputs_embeds")
+    if not isinstance(shaped, Tensor):
+        raise InputError(
+            "input", expected="a tensor of token ids", received=type(ids).__name__, remedy="tokenise before calling"
+        )
+    n_rows, n_new = shaped.shape[:2]
+    start = _cache_length(call)
+    device = shaped.device
+    mask = call.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(n_rows, start + n_new, dtype=torch.bool, device=device)
+    elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < start + n_new:
+        received = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(
+            "attention_mask",
+            expected=f"shape ({n_rows}, {start + n_new}): cached and new tokens",
+            received=received,
+            remedy="pass the two-dimensional mask over cached and new tokens",
+        )
+    mask = mask[:, : start + n_new].bool()
+    positions = torch.where(mask, mask.cumsum(1) - 1, -1)[:, start:]
+    rows = torch.arange(n_rows, device=device)
+    steps = torch.zeros(n_new, dtype=torch.long, device=device)
+    if roles is not None:
+        width = roles.shape[1]
+        if n_rows % len(roles):
+            raise InputError(
+                "roles",
+                expected=f"a number of rows that divides the batch of {n_rows}",
+                received=len(roles),
+                remedy="pass the roles of the batch that is run",
+            )
+        rows = rows // (n_rows // len(roles))
+        steps = (torch.arange(start, start + n_new, device=device) - width + 1).clamp_(min=0)
+        known = roles.to(device)[rows, start : start + n_new]
+        beyond = torch.full((n_rows, n_new - known.shape[1]), int(Role.RESPONSE), dtype=torch.uint8, device=device)
+        roles = torch.cat([known, beyond], dim=1)
+    token_ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
+    return Where(token_ids, mask[:, start:], positions, roles, rows, steps)
+
+
+def _cache_length(call: Mapping[str, Any]) -> int:
+    cache = call.get("past_key_values", call.get("past_kv_cache"))
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0].past_keys.shape[1])  # TransformerLens' HookedTransformerKeyValueCache

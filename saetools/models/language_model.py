@@ -1,0 +1,147 @@
+"""A causal language model with its tokenizer, and views of it under different adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from saetools.errors import InputError
+from saetools.models.layout import Layout, layout_of, submodule
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal LM, its tokenizer and, with PEFT, the adapter through which this view looks at the weights.
+
+    Base and tuned model are two views of one set of weights: `tuned.base` costs no memory. Make one with
+    `load_model`.
+
+    Args:
+        model: the causal LM itself (never its PEFT wrapper), in eval mode: Hugging Face, or TransformerLens'
+            `HookedTransformer`.
+        tokenizer: its Hugging Face tokenizer.
+        name: how results call this model.
+        peft: the PEFT wrapper around `model`, if adapters are loaded.
+        adapter: name of the active adapter; `None` is the model without any.
+        provenance: where weights, adapter and tokenizer came from, for results.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    peft: Any = None
+    adapter: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """Where this architecture keeps what."""
+        return layout_of(self.model)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module that receives token ids, attention mask and cache."""
+        return submodule(self.model, self.layout.backbone)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, first to last."""
+        return submodule(self.model, self.layout.layers)  # type: ignore[return-value]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the head."""
+        return submodule(self.model, self.layout.norm)
+
+    @property
+    def head(self) -> nn.Module:
+        """The map from the normalised residual to logits."""
+        return submodule(self.model, self.layout.head)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        config: Any = getattr(self.model, "cfg", None)
+        return int(config.d_model if config is not None else self.model.config.hidden_size)  # type: ignore[union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be."""
+        return next(self.model.parameters()).device
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters loaded on these weights."""
+        return tuple(self.peft.peft_config) if self.peft is not None else ()
+
+    @property
+    def base(self) -> LanguageModel:
+        """The same weights without any adapter."""
+        return replace(self, adapter=None)
+
+    def with_adapter(self, name: str) -> LanguageModel:
+        """The same weights seen through another loaded adapter.
+
+        Raises:
+            InputError: if no adapter of that name is loaded.
+        """
+        if name not in self.adapters:
+            raise InputError(
+                "name",
+                expected="one of the loaded adapters " + (", ".join(self.adapters) or "(none)"),
+                received=repr(name),
+                remedy="load it: load_model(..., adapter={name: path})",
+            )
+        return replace(self, adapter=name)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """Make the shared weights behave as this view, and hand out the causal LM; afterwards as before.
+
+        Everything that runs the model goes through here; entering a view that is already active is free.
+        """
+        if self.peft is None:
+            yield self.model
+            return
+        tuner = self.peft.base_model
+        before = _active_adapter(tuner)
+        if before == self.adapter:
+            yield self.model
+            return
+        _activate(tuner, self.adapter)
+        try:
+            yield self.model
+        finally:
+            _activate(tuner, before)
+
+    def __repr__(self) -> str:
+        adapter = f", adapter={self.adapter!r}" if self.adapters else ""
+        return f"LanguageModel({self.name!r}, {type(self.model).__name__}{adapter}, d_model={self.d_model})"
+
+
+def _active_adapter(tuner: Any) -> str | None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next(module for module in tuner.modules() if isinstance(module, BaseTunerLayer))
+    return None if layer.disable_adapters else "+".join(layer.active_adapters)
+
+
+def _activate(tuner: Any, adapter: str | None) -> None:
+    wanted = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
+    if adapter is None:
+        tuner.disable_adapter_layers()
+    else:
+        tuner.enable_adapter_layers()
+        tuner.set_adapter(adapter.split("+"))
+    for parameter, requires_grad in wanted:  # PEFT switches gradients with adapters; a change of view must not
+        parameter.requires_grad_(requires_grad)

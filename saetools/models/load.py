@@ -1,0 +1,307 @@
+"""Loading a language model from wherever it is, and checking that two of them can be compared."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from saetools.errors import FetchError, InputError, SaetoolsWarning
+from saetools.models.builtin import BUILTINS, builtin_provenance, fetch_builtin
+from saetools.models.language_model import LanguageModel
+from saetools.models.layout import is_hooked_transformer, layout_of
+from saetools.models.quiet import quiet
+from saetools.provenance import sha256_of_file, sha256_of_texts
+
+Adapter = str | Path | Mapping[str, str | Path]
+
+
+def load_model(
+    source: str | Path | nn.Module | LanguageModel,
+    *,
+    adapter: Adapter | None = None,
+    tokenizer: Any = None,
+    chat_template: str | Path | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device_map: Any = "auto",
+    quantization: Literal["8bit", "4bit"] | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a causal language model, with any PEFT adapters on top, as a `LanguageModel`.
+
+    Args:
+        source: the built-in name `smollm2-135m`; a local directory; a GGUF file; a hub id; or a model already loaded:
+            Hugging Face, PEFT, TransformerLens (`HookedTransformer`, `TransformerBridge`) or a `LanguageModel`.
+        adapter: a PEFT adapter (directory or hub id), or several by name. The first is active; `.base` is the view
+            without any and `.with_adapter(name)` another one, all on the same weights. A model that was passed in
+            loaded gets the adapter's layers injected.
+        tokenizer: a tokenizer, or where to load it from; by default the model's own.
+        chat_template: a Jinja chat template, or a file that holds one, in place of the tokenizer's.
+        revision: branch, tag or commit on the hub.
+        dtype: `"auto"` keeps the checkpoint's.
+        device_map: as in transformers.
+        quantization: load in 8 or 4 bits, where bitsandbytes is installed.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        InputError: if the source does not exist or its architecture is not known.
+        FetchError: if files cannot be downloaded, or a licence has to be accepted first.
+
+    Example:
+        >>> lm = load_model("smollm2-135m")
+        >>> lm.n_layers, lm.d_model
+        (30, 576)
+    """
+    if isinstance(source, LanguageModel):
+        lm = source
+    elif isinstance(source, nn.Module):
+        lm = _from_module(source, tokenizer)
+    else:
+        lm = _from_files(
+            source,
+            tokenizer,
+            revision=revision,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            trust_remote_code=trust_remote_code,
+        )
+    if chat_template is not None:
+        template = _read_template(chat_template)
+        own_tokenizer = copy.copy(lm.tokenizer)
+        own_tokenizer.chat_template = template
+        lm = replace(lm, tokenizer=own_tokenizer)
+    lm = replace(
+        lm, provenance={**lm.provenance, "chat_template_sha256": sha256_of_texts([str(lm.tokenizer.chat_template)])}
+    )
+    return lm if adapter is None else _with_adapters(lm, adapter, revision=None)
+
+
+def check_pair(base: LanguageModel, tuned: LanguageModel, texts: Sequence[str] = ()) -> None:
+    """Make sure that base and tuned model can be compared token by token.
+
+    Args:
+        base: the model before the fine-tune; its tokenizer and template are used for both.
+        tuned: the model after it.
+        texts: rendered conversations, which both tokenizers must split alike.
+
+    Raises:
+        InputError: for different architectures, widths or depths, or different token ids.
+
+    Warns:
+        SaetoolsWarning: where only padded vocabulary, pad token or chat template differ.
+    """
+    if base.model is tuned.model and base.tokenizer is tuned.tokenizer:
+        return
+
+    def shape(lm: LanguageModel) -> tuple[str, int, int]:
+        config: Any = getattr(lm.model, "config", None)
+        return getattr(config, "model_type", type(lm.model).__name__), lm.d_model, lm.n_layers
+
+    if shape(base) != shape(tuned):
+        raise InputError(
+            "tuned",
+            expected="the base's architecture, width and depth {}, {}, {}".format(*shape(base)),
+            received="{}, {}, {}".format(*shape(tuned)),
+            remedy="compare a model with a fine-tune of itself",
+        )
+    for text in texts:
+        ours, theirs = (lm.tokenizer(text, add_special_tokens=False)["input_ids"] for lm in (base, tuned))
+        if ours != theirs:
+            raise InputError(
+                "tuned",
+                expected="a tokenizer that gives the base's token ids",
+                received=f"other ids for {text[:60]!r}",
+                remedy="load the fine-tune with tokenizer=<the base's>, if its vocabulary is the same",
+            )
+    differences = [
+        f"{what}: {ours!r} against {theirs!r}"
+        for what, ours, theirs in (
+            ("vocabulary rows", _vocabulary(base), _vocabulary(tuned)),
+            ("pad token", base.tokenizer.pad_token, tuned.tokenizer.pad_token),
+        )
+        if ours != theirs
+    ]
+    if base.tokenizer.chat_template != tuned.tokenizer.chat_template:
+        differences.append("chat template")
+    if differences:
+        warnings.warn(
+            "base and tuned differ in " + "; ".join(differences) + "; the base's tokenizer and template serve both",
+            SaetoolsWarning,
+            stacklevel=2,
+        )
+
+
+def _vocabulary(lm: LanguageModel) -> int:
+    return next(parameter.shape[0] for name, parameter in lm.model.named_parameters() if "embed" in name or "wte" in name)
+
+
+def _from_files(source: str | Path, tokenizer: Any, *, quantization: str | None, **options: Any) -> LanguageModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name, location, provenance = _resolve(source)
+    files: dict[str, Any] = {"revision": options.pop("revision"), "trust_remote_code": options.pop("trust_remote_code")}
+    if location.endswith(".gguf"):
+        files["gguf_file"] = Path(location).name
+        location = str(Path(location).parent)
+    if quantization is not None:
+        options["quantization_config"] = _bitsandbytes(quantization)
+    with quiet(), _readable_hub_errors(location):
+        model = AutoModelForCausalLM.from_pretrained(location, **files, **options)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(location, **files)
+        elif isinstance(tokenizer, str | Path):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    layout_of(model)
+    commit = getattr(model.config, "_commit_hash", None)
+    provenance |= {"revision": commit} if commit else {}
+    provenance |= {"dtype": str(model.dtype).removeprefix("torch.")} | ({"quantization": quantization} if quantization else {})
+    return LanguageModel(model.eval(), tokenizer, name, provenance=provenance)
+
+
+def _resolve(source: str | Path) -> tuple[str, str, dict[str, Any]]:
+    """Name, location for transformers, and provenance of a source given by name or path."""
+    text = str(source)
+    if text in BUILTINS:
+        folder = fetch_builtin(text)
+        return text, str(folder), {"source": text, **builtin_provenance(folder)}
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        note = {"quantization": "dequantised from GGUF", "weights_sha256": sha256_of_file(path)}
+        return path.stem, str(path.resolve()), {"source": path.name, **note}
+    if path.is_dir():
+        weights = sorted(path.glob("*.safetensors"))
+        return path.name, str(path), {
+            "source": path.name,
+            "weights_sha256": {weight.name: sha256_of_file(weight) for weight in weights},
+        }
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
+        raise InputError(
+            "source",
+            expected="a built-in name (" + ", ".join(BUILTINS) + "), a directory, a .gguf file or a hub id",
+            received=repr(text),
+            remedy="check the path",
+        )
+    return text, text, {"source": text}
+
+
+def _from_module(module: nn.Module, tokenizer: Any) -> LanguageModel:
+    from transformers import AutoTokenizer
+
+    peft: Any = None
+    model: Any = module
+    if hasattr(module, "peft_config") and hasattr(module, "get_base_model"):
+        peft, model = module, module.get_base_model()  # type: ignore[operator]
+    if hasattr(model, "original_model"):  # TransformerBridge: its hooks sit inside the Hugging Face model
+        tokenizer = tokenizer or model.tokenizer
+        model = model.original_model
+    elif is_hooked_transformer(model):
+        tokenizer = tokenizer or model.tokenizer
+    layout_of(model)
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or getattr(getattr(model, "cfg", None), "model_name", "") or "model"
+    if tokenizer is None:
+        with quiet(), _readable_hub_errors(name):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    active = None
+    if peft is not None:
+        from saetools.models.language_model import _active_adapter
+
+        active = _active_adapter(peft.base_model)
+    return LanguageModel(
+        model.eval(), tokenizer, Path(name).name, peft=peft, adapter=active, provenance={"source": f"object: {name}"}
+    )
+
+
+def _with_adapters(lm: LanguageModel, adapter: Adapter, *, revision: str | None) -> LanguageModel:
+    from peft import PeftModel
+
+    named = dict(adapter) if isinstance(adapter, Mapping) else {_adapter_name(adapter): adapter}
+    if not named:
+        raise InputError("adapter", expected="at least one adapter", received="{}", remedy="give a path, or None")
+    peft, hashes = lm.peft, dict(lm.provenance.get("adapters", {}))
+    for name, place in named.items():
+        path = Path(place).expanduser()
+        if path.is_dir() and not (path / "adapter_config.json").is_file():
+            raise InputError(
+                "adapter",
+                expected="a PEFT adapter folder with adapter_config.json",
+                received=str(path),
+                remedy="point at the folder that save_pretrained of PEFT wrote",
+            )
+        if name in (peft.peft_config if peft is not None else ()):
+            raise InputError("adapter", expected="new names", received=repr(name), remedy="load it under another name")
+        location = str(path if path.is_dir() else place)
+        with quiet(), _readable_hub_errors(location):
+            if peft is None:
+                peft = PeftModel.from_pretrained(lm.model, location, adapter_name=name)
+            else:
+                peft.load_adapter(location, adapter_name=name)
+        weights = path / "adapter_model.safetensors"
+        hashes[name] = {"source": path.name if path.is_dir() else str(place)} | (
+            {"weights_sha256": sha256_of_file(weights)} if weights.is_file() else {}
+        )
+    peft.eval()
+    return replace(lm, peft=peft, adapter=next(iter(named)), provenance={**lm.provenance, "adapters": hashes})
+
+
+def _adapter_name(place: str | Path) -> str:
+    return re.sub(r"\W+", "_", Path(place).name) or "adapter"
+
+
+def _read_template(template: str | Path) -> str:
+    if isinstance(template, Path) or ("{" not in template and Path(template).is_file()):
+        return Path(template).read_text(encoding="utf-8")
+    return template
+
+
+def _bitsandbytes(quantization: str) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if quantization not in ("8bit", "4bit"):
+        raise InputError("quantization", expected="8bit, 4bit or None", received=repr(quantization), remedy="pick one")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "quantization",
+            expected="bitsandbytes to be installed",
+            received="no such package",
+            remedy="`pip install bitsandbytes`, or leave quantization out",
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "8bit" else BitsAndBytesConfig(load_in_4bit=True)
+
+
+class _readable_hub_errors:  # noqa: N801 - used as a context manager
+    """Turn the hub's errors into ours, which say what to do."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.errors import GatedRepoError
+
+        if error is None or not isinstance(error, OSError):
+            return
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, GatedRepoError):
+                raise FetchError(
+                    f"{self.location} is gated: accept its licence at {constants.ENDPOINT}/{self.location} "
+                    "and set HF_TOKEN to a token of that account"
+                ) from error
+            cause = cause.__cause__ or cause.__context__
+        first = str(error).strip().splitlines()[0]
+        raise FetchError(f"cannot load {self.location!r}: {first}") from error
