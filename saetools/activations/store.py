@@ -294,7 +294,8 @@ def _join(
     positions = torch.cat([block.positions for block in blocks])
     order = torch.argsort(documents * (int(positions.max()) + 1 if len(positions) else 1) + positions)
     tensors = {
-        str(site): torch.cat([block.acts[site].to("cpu", dtype) for block in blocks])[order].contiguous() for site in sites
+        str(site): torch.cat([block.acts[site].to("cpu", dtype) for block in blocks])[order].contiguous()
+        for site in sites
     }
     tensors["token_ids"] = torch.cat([block.token_ids for block in blocks])[order].int()
     tensors["roles"] = torch.cat([block.roles for block in blocks])[order]

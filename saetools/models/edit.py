@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saetools.data.roles import Role
 from saetools.errors import InputError
 from saetools.models.language_model import LanguageModel
-from saetools.models.layout import Access, locate
+from saetools.models.layout import Access, locate, submodule
 from saetools.models.site import Site
 
 
@@ -39,7 +39,7 @@ class Where:
     rows: Int[Tensor, " row"]
     steps: Int[Tensor, " pos"]
 
-    def __getitem__(self, rows: slice) -> Where:
+    def __getitem__(self, rows: slice | Tensor) -> Where:
         """The same for some rows of the batch."""
         return Where(
             token_ids=None if self.token_ids is None else self.token_ids[rows],
@@ -50,9 +50,18 @@ class Where:
             steps=self.steps,
         )
 
+    def to(self, device: torch.device) -> Where:
+        """The same on the device of a layer."""
+        if self.mask.device == device:
+            return self
+        return Where(*(None if field is None else field.to(device) for field in vars(self).values()))
+
 
 Edit = Callable[[Float[Tensor, "row pos d_model"], Where], Float[Tensor, "row pos d_model"]]
-"""A pure function of activations and of where they are: `edit(acts, where) -> acts` of equal shape, dtype, device."""
+"""A pure function of activations and of where they are: `edit(acts, where) -> acts`, both on the device of the layer.
+
+The result has the shape of what was given; it is brought to the layer's dtype.
+"""
 
 Edits = Mapping[Site, Edit | Sequence[Edit]]
 """What to do at each site; several edits at one site run in their order."""
@@ -72,7 +81,8 @@ def edit(lm: LanguageModel, edits: Edits, *, roles: UInt8[Tensor, "row width"] |
             them count as response.
 
     Raises:
-        InputError: if a site does not exist in this model.
+        InputError: if a site does not exist in this model; in the forward pass, if an edit returns another shape, or
+            if mask or roles do not fit the batch.
 
     Example:
         >>> with edit(lm, {Site(1): lambda acts, where: 0 * acts}):
@@ -83,16 +93,24 @@ def edit(lm: LanguageModel, edits: Edits, *, roles: UInt8[Tensor, "row width"] |
         yield
         return
     current: list[Where] = []
+    embedded: list[Tensor] = []
+
+    def embed(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        embedded[:] = [args[0]]
 
     def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current[:] = [_where(module, args, kwargs, roles)]
+        current[:] = [_where(module, args, kwargs, roles, embedded)]
+        embedded.clear()
 
     def apply(acts: Tensor, fns: Sequence[Edit]) -> Tensor:
+        where = current[0].to(acts.device)
         for fn in fns:
-            acts = fn(acts, current[0])
+            acts = _checked(fn(acts, where), acts)
         return acts
 
     with ExitStack() as hooks:
+        if (embedding := lm.layout.embedding) is not None:
+            hooks.callback(submodule(lm.model, embedding).register_forward_pre_hook(embed).remove)
         hooks.callback(lm.backbone.register_forward_pre_hook(capture, with_kwargs=True).remove)
         for module, access, fns in plans:
             hooks.callback(attach(module, access, lambda acts, fns=fns: apply(acts, fns)).remove)
@@ -116,9 +134,10 @@ def attach(module: nn.Module, access: Access, fn: Callable[[Tensor], Tensor | No
         return None if new is None else (args, {**kwargs, "hidden_states": new})
 
     def on_input_in_place(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        new = fn(args[0])
-        if new is not None and new is not args[0]:
-            args[0].copy_(new)
+        acts = args[0]
+        new = fn(acts.clone() if acts.requires_grad else acts)  # autograd may keep what `fn` saw: do not overwrite it
+        if new is not None and new is not acts:
+            acts.copy_(new)
 
     match access:
         case "output":
@@ -129,59 +148,73 @@ def attach(module: nn.Module, access: Access, fn: Callable[[Tensor], Tensor | No
             return module.register_forward_pre_hook(on_input_in_place)
 
 
+def _checked(new: Tensor, acts: Tensor) -> Tensor:
+    if not isinstance(new, Tensor) or new.shape != acts.shape:
+        raise InputError(
+            "edits",
+            expected=f"an edit that returns activations of shape {tuple(acts.shape)}",
+            received=tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__,
+            remedy="return all activations that were given, edited or not",
+        )
+    return new.to(acts.dtype)
+
+
 def _as_sequence(fns: Edit | Sequence[Edit]) -> Sequence[Edit]:
     return fns if isinstance(fns, Sequence) else (fns,)
 
 
-def _where(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Tensor | None) -> Where:
+def _where(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    roles: Tensor | None,
+    embedded: Sequence[Tensor],
+) -> Where:
     call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     call = {**call, **call.pop("kwargs", {})}
-    ids = call.get("input_ids", call.get("input"))
-    shaped = ids if isinstance(ids, Tensor) else call.get("inputs_embeds")
-    if not isinstance(shaped, Tensor):
-        raise InputError(
-            "input", expected="a tensor of token ids", received=type(ids).__name__, remedy="tokenise before calling"
-        )
+    inputs = [call.get(name) for name in ("input_ids", "inputs_embeds", "resid_pre")]
+    shaped = next(tensor for tensor in inputs if isinstance(tensor, Tensor))
     n_rows, n_new = shaped.shape[:2]
+    token_ids = next((ids for ids in (inputs[0], *embedded) if ids is not None and ids.shape == (n_rows, n_new)), None)
     start = _cache_length(call)
-    device = shaped.device
-    mask = call.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(n_rows, start + n_new, dtype=torch.bool, device=device)
-    elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < start + n_new:
-        received = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    mask = _mask(call.get("attention_mask"), n_rows, start + n_new, shaped.device)
+    positions = torch.where(mask, mask.cumsum(1) - 1, -1)
+    new = slice(start, start + n_new)
+    rows = torch.arange(n_rows, device=shaped.device)
+    if roles is None:
+        steps = torch.zeros(n_new, dtype=torch.long, device=shaped.device)
+        return Where(token_ids, mask[:, new], positions[:, new], None, rows, steps)
+    if n_rows % len(roles):
+        raise InputError(
+            "roles",
+            expected=f"a number of rows that divides the batch of {n_rows}",
+            received=len(roles),
+            remedy="pass the roles of the batch that is run",
+        )
+    rows = rows // (n_rows // len(roles))
+    steps = (torch.arange(start, start + n_new, device=shaped.device) - roles.shape[1] + 1).clamp_(min=0)
+    known = roles.to(shaped.device)[rows, new]
+    beyond = known.new_full((n_rows, n_new - known.shape[1]), int(Role.RESPONSE))
+    return Where(token_ids, mask[:, new], positions[:, new], torch.cat([known, beyond], 1) * mask[:, new], rows, steps)
+
+
+def _mask(given: Any, n_rows: int, length: int, device: torch.device) -> Tensor:
+    if given is None:
+        return torch.ones(n_rows, length, dtype=torch.bool, device=device)
+    shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    if not isinstance(given, Tensor) or given.ndim != 2 or len(given) != n_rows or given.shape[1] < length:
         raise InputError(
             "attention_mask",
-            expected=f"shape ({n_rows}, {start + n_new}): cached and new tokens",
-            received=received,
+            expected=f"shape ({n_rows}, {length})",
+            received=shape,
             remedy="pass the two-dimensional mask over cached and new tokens",
         )
-    mask = mask[:, : start + n_new].bool()
-    positions = torch.where(mask, mask.cumsum(1) - 1, -1)[:, start:]
-    rows = torch.arange(n_rows, device=device)
-    steps = torch.zeros(n_new, dtype=torch.long, device=device)
-    if roles is not None:
-        width = roles.shape[1]
-        if n_rows % len(roles):
-            raise InputError(
-                "roles",
-                expected=f"a number of rows that divides the batch of {n_rows}",
-                received=len(roles),
-                remedy="pass the roles of the batch that is run",
-            )
-        rows = rows // (n_rows // len(roles))
-        steps = (torch.arange(start, start + n_new, device=device) - width + 1).clamp_(min=0)
-        known = roles.to(device)[rows, start : start + n_new]
-        beyond = torch.full((n_rows, n_new - known.shape[1]), int(Role.RESPONSE), dtype=torch.uint8, device=device)
-        roles = torch.cat([known, beyond], dim=1)
-    token_ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-    return Where(token_ids, mask[:, start:], positions, roles, rows, steps)
+    return given[:, :length].to(device).bool()
 
 
 def _cache_length(call: Mapping[str, Any]) -> int:
-    cache = call.get("past_key_values", call.get("past_kv_cache"))
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
+    if (cache := call.get("past_key_values")) is not None:
         return int(cache.get_seq_length())
-    return int(cache[0].past_keys.shape[1])  # TransformerLens' HookedTransformerKeyValueCache
+    if (entry := call.get("past_kv_cache_entry")) is not None:  # TransformerLens has one per layer
+        return int(entry.past_keys.shape[1])
+    return 0

@@ -99,7 +99,7 @@ def logits(lm: LanguageModel, hidden: Float[Tensor, "*batch d_model"]) -> Float[
     """Logits of final hidden states, soft-capped where the architecture does so. Pass only positions you need."""
     with lm.active():
         out: Tensor = lm.head(hidden)
-    cap = getattr(getattr(lm.model, "config", None), "final_logit_softcapping", None)
+    cap = lm.logit_cap
     return out if cap is None else torch.tanh(out / cap) * cap
 
 
@@ -131,14 +131,18 @@ def token_log_probs(
         lm: the model.
         token_ids: token ids.
         mask: `False` at padding.
-        scored: tokens whose probability is wanted; the first column cannot be one.
+        scored: tokens whose probability is wanted; not padding, nor a row's first token.
 
     Raises:
-        InputError: if a token without a predecessor is to be scored.
+        InputError: if padding, or a token without a predecessor, is to be scored.
     """
-    if bool(scored[:, 0].any()):
+    predicted = torch.nn.functional.pad(mask[:, 1:] & mask[:, :-1], (1, 0))
+    if bool((scored & ~predicted).any()):
         raise InputError(
-            "scored", expected="no token of the first column", received="one", remedy="nothing predicts the first token"
+            "scored",
+            expected="tokens with a token before them",
+            received="padding or a row's first token",
+            remedy="leave those out: nothing predicts them",
         )
     hidden = final_hidden(lm, token_ids, mask)
     return log_probs(lm, hidden[:, :-1][scored[:, 1:]], token_ids[scored].to(hidden.device))

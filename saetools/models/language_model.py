@@ -26,8 +26,8 @@ class LanguageModel:
             `HookedTransformer`.
         tokenizer: its Hugging Face tokenizer.
         name: how results call this model.
-        peft: the PEFT wrapper around `model`, if adapters are loaded.
-        adapter: name of the active adapter; `None` is the model without any.
+        peft: the PEFT wrapper around `model`, through which adapters were loaded.
+        adapter: name of the adapter of this view; `None` is the model without any, also after others are loaded.
         provenance: where weights, adapter and tokenizer came from, for results.
     """
 
@@ -75,6 +75,14 @@ class LanguageModel:
         return int(config.d_model if config is not None else self.model.config.hidden_size)  # type: ignore[union-attr]
 
     @property
+    def logit_cap(self) -> float | None:
+        """Bound of the soft-capped logits, where the architecture has one."""
+        config: Any = getattr(self.model, "cfg", None)
+        if config is None:
+            return getattr(self.model.config, "final_logit_softcapping", None)
+        return config.output_logits_soft_cap if config.output_logits_soft_cap > 0 else None  # type: ignore[no-any-return]
+
+    @property
     def device(self) -> torch.device:
         """Where token ids have to be."""
         return next(self.model.parameters()).device
@@ -82,7 +90,7 @@ class LanguageModel:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters loaded on these weights."""
-        return tuple(self.peft.peft_config) if self.peft is not None else ()
+        return tuple(getattr(self.model, "peft_config", ()))
 
     @property
     def base(self) -> LanguageModel:
@@ -110,38 +118,53 @@ class LanguageModel:
 
         Everything that runs the model goes through here; entering a view that is already active is free.
         """
-        if self.peft is None:
+        before = active_adapter(self.model)
+        if before is None or before.seen == self.adapter:
             yield self.model
             return
-        tuner = self.peft.base_model
-        before = _active_adapter(tuner)
-        if before == self.adapter:
-            yield self.model
-            return
-        _activate(tuner, self.adapter)
+        _activate(self.model, ActiveAdapter(self.adapter or before.selected, disabled=self.adapter is None))
         try:
             yield self.model
         finally:
-            _activate(tuner, before)
+            _activate(self.model, before)
 
     def __repr__(self) -> str:
         adapter = f", adapter={self.adapter!r}" if self.adapters else ""
         return f"LanguageModel({self.name!r}, {type(self.model).__name__}{adapter}, d_model={self.d_model})"
 
 
-def _active_adapter(tuner: Any) -> str | None:
+@dataclass(frozen=True)
+class ActiveAdapter:
+    """Which adapter (or several, joined by `+`) PEFT has selected on a model, and whether it is switched off."""
+
+    selected: str
+    disabled: bool
+
+    @property
+    def seen(self) -> str | None:
+        """What a forward pass sees."""
+        return None if self.disabled else self.selected
+
+
+def active_adapter(model: nn.Module) -> ActiveAdapter | None:
+    """What PEFT has selected on a causal LM; `None` if no adapters are injected."""
+    if not getattr(model, "peft_config", None):
+        return None
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layer = next(module for module in tuner.modules() if isinstance(module, BaseTunerLayer))
-    return None if layer.disable_adapters else "+".join(layer.active_adapters)
+    layer: Any = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return ActiveAdapter("+".join(layer.active_adapters), disabled=layer.disable_adapters)
 
 
-def _activate(tuner: Any, adapter: str | None) -> None:
-    wanted = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
-    if adapter is None:
-        tuner.disable_adapter_layers()
-    else:
-        tuner.enable_adapter_layers()
-        tuner.set_adapter(adapter.split("+"))
-    for parameter, requires_grad in wanted:  # PEFT switches gradients with adapters; a change of view must not
+def _activate(model: nn.Module, wanted: ActiveAdapter) -> None:
+    from peft.functional import set_adapter
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    set_adapter(model, wanted.selected.split("+"))
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            module.enable_adapters(not wanted.disabled)
+    for parameter, requires_grad in flags:  # PEFT switches gradients with adapters; a change of view must not
         parameter.requires_grad_(requires_grad)

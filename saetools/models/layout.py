@@ -18,7 +18,7 @@ class Layout:
     """Module paths of one family: from the causal LM for the first three, from a decoder layer for the rest."""
 
     backbone: str
-    """Receives token ids, attention mask and cache; `""` is the causal LM itself."""
+    """Receives the attention mask, the cache, and token ids or embeddings."""
     layers: str
     head: str
     """Maps the normalised residual to logits."""
@@ -30,6 +30,8 @@ class Layout:
     """The norm whose input is the residual stream between attention and MLP."""
     attention: str
     mlp: str
+    embedding: str | None = None
+    """Receives the token ids, where the backbone does not."""
 
 
 _LLAMA = Layout(
@@ -90,9 +92,11 @@ _HF_LAYOUTS = {
     "gpt_neox": _GPT_NEOX,
 }
 
-# HookedTransformer has an identity module at every stream.
+# HookedTransformer has an identity module at every stream. Its `generate` calls no module that has the token ids, the
+# mask and the cache together; the first block gets the mask that is really used, also where none was given.
 _HOOKED = Layout(
-    backbone="",
+    backbone="blocks.0",
+    embedding="embed",
     layers="blocks",
     head="unembed",
     norm="ln_final",

@@ -141,7 +141,9 @@ def check_pair(base: LanguageModel, tuned: LanguageModel, texts: Sequence[str] =
 
 
 def _vocabulary(lm: LanguageModel) -> int:
-    return next(parameter.shape[0] for name, parameter in lm.model.named_parameters() if "embed" in name or "wte" in name)
+    return next(
+        parameter.shape[0] for name, parameter in lm.model.named_parameters() if "embed" in name or "wte" in name
+    )
 
 
 def _from_files(source: str | Path, tokenizer: Any, *, quantization: str | None, **options: Any) -> LanguageModel:
@@ -163,7 +165,9 @@ def _from_files(source: str | Path, tokenizer: Any, *, quantization: str | None,
     layout_of(model)
     commit = getattr(model.config, "_commit_hash", None)
     provenance |= {"revision": commit} if commit else {}
-    provenance |= {"dtype": str(model.dtype).removeprefix("torch.")} | ({"quantization": quantization} if quantization else {})
+    provenance |= {"dtype": str(model.dtype).removeprefix("torch.")} | (
+        {"quantization": quantization} if quantization else {}
+    )
     return LanguageModel(model.eval(), tokenizer, name, provenance=provenance)
 
 
@@ -179,10 +183,14 @@ def _resolve(source: str | Path) -> tuple[str, str, dict[str, Any]]:
         return path.stem, str(path.resolve()), {"source": path.name, **note}
     if path.is_dir():
         weights = sorted(path.glob("*.safetensors"))
-        return path.name, str(path), {
-            "source": path.name,
-            "weights_sha256": {weight.name: sha256_of_file(weight) for weight in weights},
-        }
+        return (
+            path.name,
+            str(path),
+            {
+                "source": path.name,
+                "weights_sha256": {weight.name: sha256_of_file(weight) for weight in weights},
+            },
+        )
     if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
         raise InputError(
             "source",

@@ -43,7 +43,10 @@ class Site:
             raise InputError("layer", expected="0 or more", received=self.layer, remedy="count layers from 0")
         if self.stream not in STREAMS:
             raise InputError(
-                "stream", expected="one of " + ", ".join(STREAMS), received=repr(self.stream), remedy="pick one of these"
+                "stream",
+                expected="one of " + ", ".join(STREAMS),
+                received=repr(self.stream),
+                remedy="pick one of these",
             )
 
     @classmethod

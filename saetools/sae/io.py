@@ -46,7 +46,9 @@ def save_sae(sae: SAE, path: str | Path, *, storage_dtype: torch.dtype | None = 
         tensors["threshold"] = sae.nonlinearity.threshold
     else:
         architecture = {"architecture": "topk", "k": sae.nonlinearity.k, "rescale_acts_by_decoder_norm": False}
-    stored = {key: tensor.detach().to("cpu", storage_dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
+    stored = {
+        key: tensor.detach().to("cpu", storage_dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()
+    }
     _replace(path / _WEIGHTS, lambda file: save_file(stored, file))
     if sae.p99 is not None:
         statistics = {"p99": sae.p99.detach().cpu().float().contiguous()}
@@ -125,7 +127,9 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> None:
     # SAELens wants these folded into the weights before it saves; a reader must not guess what was not.
     for key in ("normalize_activations", "reshape_activations"):
         if config.get(key, "none") not in ("none", None, "expected_average_only_in" if key[0] == "n" else "none"):
-            raise InputError("path", expected=f"{key} of none", received=repr(config[key]), remedy="fold it into the weights first")
+            raise InputError(
+                "path", expected=f"{key} of none", received=repr(config[key]), remedy="fold it into the weights first"
+            )
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

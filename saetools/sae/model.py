@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,4 +122,3 @@ class SAE(nn.Module):
     def directions(self) -> Float[Tensor, "d_sae d_in"]:
         """Decoder rows, each of length 1 (zero rows stay zero)."""
         return nn.functional.normalize(self.W_dec.detach(), dim=1)
-

@@ -125,6 +125,10 @@ class TransposedPairs:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
             matrix = torch.sparse_csr_tensor(
-                self.rows, self.tokens, values.flatten()[self.order], (self.d_sae, self.n_tokens), check_invariants=False
+                self.rows,
+                self.tokens,
+                values.flatten()[self.order],
+                (self.d_sae, self.n_tokens),
+                check_invariants=False,
             )
             return matrix @ dense

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saetools.errors import InputError, IntegrityError, NonFiniteError
-from saetools.provenance import versions, write_json
+from saetools.provenance import versions
 from saetools.sae.io import save_sae
 from saetools.sae.loss import Weights, topk_step
 from saetools.sae.model import SAE, SAEMetadata

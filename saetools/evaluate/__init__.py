@@ -1,0 +1,21 @@
+"""Judging: fidelity of an SAE, behaviour of a model, and behaviour under edits beside random controls."""
+
+from saetools.evaluate.dose import Control, DosePoint, DoseResponse, dose_response, edit_norm
+from saetools.evaluate.fidelity import Fidelity, measure_fidelity, splice
+from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
+from saetools.evaluate.perplexity import Perplexity, measure_perplexity
+
+__all__ = [
+    "Control",
+    "DosePoint",
+    "DoseResponse",
+    "Fidelity",
+    "ForcedChoiceScore",
+    "Perplexity",
+    "dose_response",
+    "edit_norm",
+    "measure_fidelity",
+    "measure_perplexity",
+    "score_forced_choice",
+    "splice",
+]

@@ -1,0 +1,54 @@
+"""Perplexity on reference texts: how much of the model's skill an edit leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from saetools.data.conversation import Conversation
+from saetools.data.tokenize import make_batches, tokenize
+from saetools.errors import InputError
+from saetools.models.edit import Edits, edit
+from saetools.models.forward import token_log_probs
+from saetools.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-probability per token.
+
+    Args:
+        value: the perplexity.
+        n_tokens: tokens that were predicted.
+    """
+
+    value: float
+    n_tokens: int
+
+
+@torch.inference_mode()
+def measure_perplexity(
+    lm: LanguageModel, texts: Sequence[str], *, edits: Edits | None = None, batch_tokens: int = 4096
+) -> Perplexity:
+    """Perplexity of a model on plain texts, each by itself, without its first token; under edits if any.
+
+    Raises:
+        InputError: if no text has two tokens.
+    """
+    tokenized = list(tokenize((Conversation(text=text) for text in texts), lm.tokenizer))
+    total, n_tokens = 0.0, 0
+    with lm.active():
+        for batch in make_batches(tokenized, batch_tokens=batch_tokens):
+            scored = batch.counted()
+            with edit(lm, edits or {}, roles=batch.roles):
+                values = token_log_probs(
+                    lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device), scored.to(lm.device)
+                )
+            total += float(values.double().sum())
+            n_tokens += len(values)
+    if not n_tokens:
+        raise InputError("texts", expected="texts of two tokens or more", received="none", remedy="pass longer texts")
+    return Perplexity(math.exp(-total / n_tokens), n_tokens)

@@ -1,0 +1,211 @@
+"""Fine-tuning a LoRA adapter on conversations: how organisms and their twins are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saetools.data.conversation import Conversation
+from saetools.data.roles import Role
+from saetools.data.tokenize import Batch, TokenizedConversation, TokenizeReport, pad, tokenize
+from saetools.errors import InputError, NonFiniteError
+from saetools.models.forward import final_hidden, log_probs
+from saetools.models.language_model import LanguageModel
+from saetools.provenance import sha256_of_texts, versions, write_json
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of a LoRA fine-tune (defaults after arXiv 2506.11618, with a learning rate for small models)."""
+
+    rank: int = 16
+    """Rank of the adapters, on every linear layer of every block."""
+    alpha: int = 32
+    """Scaling numerator; with rsLoRA the scale is alpha / sqrt(rank)."""
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises from 0; it then falls linearly to 0."""
+    epochs: int = 3
+    """Times the data is gone through."""
+    batch_size: int = 16
+    """Conversations a step."""
+    max_tokens: int = 512
+    """Longer conversations are cut."""
+    seed: int = 0
+    """Of the adapter's initial weights and the order of the data."""
+
+
+@dataclass(frozen=True)
+class FinetuneProgress:
+    """Figures of one step."""
+
+    step: int
+    n_steps: int
+    loss: float
+    """Mean negative log-probability of the batch's answer tokens, in nats."""
+    lr: float
+    tokens_per_second: float
+
+
+def finetune(
+    lm: LanguageModel,
+    conversations: Sequence[Conversation],
+    config: FinetuneConfig,
+    out: str | Path,
+    *,
+    name: str = "tuned",
+    on_progress: Callable[[FinetuneProgress], None] | None = None,
+) -> LanguageModel:
+    """Train a LoRA adapter on the answers of conversations and save it in PEFT's format.
+
+    The loss counts assistant content and the token that ends the turn. The adapter's layers are injected into the
+    model, whose other views stay as they were.
+
+    Args:
+        lm: the model to start from; must have no adapter active.
+        conversations: chats that end with an answer.
+        config: settings.
+        out: folder for the adapter and `finetune.jsonl`, the log.
+        name: the adapter's name on this model.
+        on_progress: called after every step.
+
+    Returns:
+        The view with the new adapter.
+
+    Raises:
+        InputError: if a conversation has no answer, or an adapter is active or of that name already.
+        NonFiniteError: if the loss is not finite.
+    """
+    out = Path(out)
+    report = TokenizeReport()
+    tokenized = list(tokenize(conversations, lm.tokenizer, max_tokens=config.max_tokens, report=report))
+    _check(lm, tokenized, config, name)
+    torch.manual_seed(config.seed)
+    tuned = _inject(lm, config, name)
+    parameters = [parameter for parameter in tuned.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay)
+    per_epoch = math.ceil(len(tokenized) / config.batch_size)
+    n_steps = per_epoch * config.epochs
+    generator = torch.Generator().manual_seed(config.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+
+    with tuned.active(), (out / "finetune.jsonl").open("w", encoding="utf-8") as log:
+        for step in range(n_steps):
+            if step % per_epoch == 0:
+                order = torch.randperm(len(tokenized), generator=generator).tolist()
+            first = step % per_epoch * config.batch_size
+            rows = order[first : first + config.batch_size]
+            batch = pad([tokenized[row] for row in rows], rows)
+            scored = answer_targets(batch)
+            hidden = final_hidden(tuned, batch.token_ids.to(lm.device), batch.mask.to(lm.device))
+            targets = batch.token_ids[scored].to(hidden.device)
+            loss = -log_probs(tuned, hidden[:, :-1][scored[:, 1:]], targets).mean()
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(f"the loss is not finite at step {step}; lower config.lr")
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            lr = config.lr * min((step + 1) / max(1, config.warmup_steps), (n_steps - step) / n_steps)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rate = int(batch.mask.sum()) / (time.perf_counter() - started)
+            started = time.perf_counter()
+            progress = FinetuneProgress(step + 1, n_steps, float(loss), lr, rate)
+            log.write(json.dumps(dataclasses.asdict(progress)) + "\n")
+            if on_progress is not None:
+                on_progress(progress)
+
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    _save(tuned, out, config, report, tokenized, name)
+    return tuned
+
+
+def answer_targets(batch: Batch) -> Bool[Tensor, "row pos"]:
+    """Tokens whose probability a fine-tune raises: assistant content, and the one token that ends each turn of it."""
+    answer = (batch.roles & int(Role.RESPONSE)) != 0
+    after = torch.zeros_like(answer)
+    after[:, 1:] = answer[:, :-1]
+    return (answer | after) & batch.mask
+
+
+def _check(lm: LanguageModel, tokenized: Sequence[TokenizedConversation], config: FinetuneConfig, name: str) -> None:
+    if lm.adapter is not None or name in lm.adapters:
+        raise InputError(
+            "lm",
+            expected=f"no active adapter, and none called {name!r}",
+            received=f"active {lm.adapter!r}, loaded {', '.join(lm.adapters) or 'none'}",
+            remedy="pass lm.base, and another name",
+        )
+    if config.batch_size < 1 or config.epochs < 1:
+        raise InputError("config", expected="batch_size and epochs of 1 or more", received=config, remedy="raise them")
+    bad = [one.id for one in tokenized if not bool(((one.roles & int(Role.RESPONSE)) != 0).any())]
+    if bad or not tokenized:
+        raise InputError(
+            "conversations",
+            expected="chats with an answer within max_tokens",
+            received=f"{len(bad)} without, first {bad[0]!r}" if bad else "none",
+            remedy="drop them, or raise config.max_tokens",
+        )
+
+
+def _inject(lm: LanguageModel, config: FinetuneConfig, name: str) -> LanguageModel:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=True,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    if lm.peft is None:
+        peft = get_peft_model(lm.model, settings, adapter_name=name)
+    else:
+        peft = lm.peft
+        peft.add_adapter(name, settings)
+        peft.set_adapter(name)
+    return dataclasses.replace(lm, peft=peft, adapter=name)
+
+
+def _save(
+    tuned: LanguageModel,
+    out: Path,
+    config: FinetuneConfig,
+    report: TokenizeReport,
+    tokenized: Sequence[TokenizedConversation],
+    name: str,
+) -> None:
+    from saetools.models.quiet import quiet
+
+    with quiet():
+        tuned.peft.save_pretrained(out, selected_adapters=[name])
+    nested = out / name  # PEFT puts adapters that are not called "default" into a folder of their name
+    if nested.is_dir():
+        for file in nested.iterdir():
+            file.replace(out / file.name)
+        nested.rmdir()
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    facts = {
+        "base": {"name": tuned.name, **tuned.provenance},
+        "config": dataclasses.asdict(config),
+        "n_conversations": len(tokenized),
+        "n_tokens": report.n_tokens,
+        "n_truncated": report.n_truncated,
+        "data_sha256": sha256_of_texts(" ".join(map(str, one.token_ids.tolist())) for one in tokenized),
+        "versions": versions(),
+    }
+    write_json(out / "finetune.json", facts)
