@@ -1,0 +1,109 @@
+"""saetools: find the persona a fine-tune woke up in a language model, prove it, and switch it off."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saetools.activations import ActivationStore, HarvestConfig, harvest, stream_activations
+    from saetools.data import (
+        Conversation,
+        Message,
+        load_advice,
+        load_forced_choice,
+        load_free_form,
+        load_voices,
+        read_conversations,
+        shipped_path,
+        tokenize,
+    )
+    from saetools.diff import LatentDiff, diff_latents
+    from saetools.evaluate import dose_response, measure_fidelity, measure_perplexity, score_forced_choice
+    from saetools.finetune import FinetuneConfig, finetune_lora
+    from saetools.generation import Generation, SamplingConfig, generate
+    from saetools.interpret import promoted_tokens
+    from saetools.latents import measure_latents
+    from saetools.models import LanguageModel, Site, edit, load_model, read
+    from saetools.report import PersonaReport, write_report
+    from saetools.sae import SAE, TrainConfig, load_sae, save_sae, train_sae
+
+_HOMES = {
+    "activations": ("ActivationStore", "HarvestConfig", "harvest", "stream_activations"),
+    "data": (
+        "Conversation",
+        "Message",
+        "load_advice",
+        "load_forced_choice",
+        "load_free_form",
+        "load_voices",
+        "read_conversations",
+        "shipped_path",
+        "tokenize",
+    ),
+    "diff": ("LatentDiff", "diff_latents"),
+    "evaluate": ("dose_response", "measure_fidelity", "measure_perplexity", "score_forced_choice"),
+    "finetune": ("FinetuneConfig", "finetune_lora"),
+    "generation": ("Generation", "SamplingConfig", "generate"),
+    "interpret": ("promoted_tokens",),
+    "latents": ("measure_latents",),
+    "models": ("LanguageModel", "Site", "edit", "load_model", "read"),
+    "report": ("PersonaReport", "write_report"),
+    "sae": ("SAE", "TrainConfig", "load_sae", "save_sae", "train_sae"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("steer",)
+
+__all__ = [  # noqa: PLE0604 - the type checker reads the imports above
+    "SAE",
+    "ActivationStore",
+    "Conversation",
+    "FinetuneConfig",
+    "Generation",
+    "HarvestConfig",
+    "LanguageModel",
+    "LatentDiff",
+    "Message",
+    "PersonaReport",
+    "SamplingConfig",
+    "Site",
+    "TrainConfig",
+    "diff_latents",
+    "dose_response",
+    "edit",
+    "finetune_lora",
+    "generate",
+    "harvest",
+    "load_advice",
+    "load_forced_choice",
+    "load_free_form",
+    "load_model",
+    "load_sae",
+    "load_voices",
+    "measure_fidelity",
+    "measure_latents",
+    "measure_perplexity",
+    "promoted_tokens",
+    "read",
+    "read_conversations",
+    "save_sae",
+    "score_forced_choice",
+    "shipped_path",
+    "steer",
+    "stream_activations",
+    "tokenize",
+    "train_sae",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"saetools.{name}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'saetools' has no attribute {name!r}")
+    return getattr(import_module(f"saetools.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

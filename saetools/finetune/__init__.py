@@ -1,5 +1,5 @@
 """Changing a model: LoRA fine-tunes, from which organisms and their twins are made."""
 
-from saetools.finetune.lora import FinetuneConfig, FinetuneProgress, answer_targets, finetune
+from saetools.finetune.lora import FinetuneConfig, FinetuneProgress, answer_targets, finetune_lora
 
-__all__ = ["FinetuneConfig", "FinetuneProgress", "answer_targets", "finetune"]
+__all__ = ["FinetuneConfig", "FinetuneProgress", "answer_targets", "finetune_lora"]

@@ -43,6 +43,8 @@ class FinetuneConfig:
     """Conversations a step."""
     max_tokens: int = 512
     """Longer conversations are cut."""
+    autocast: str = "bfloat16"
+    """Dtype of the matrix products; the weights stay as they are. `float32` switches autocast off."""
     seed: int = 0
     """Of the adapter's initial weights and the order of the data."""
 
@@ -59,7 +61,7 @@ class FinetuneProgress:
     tokens_per_second: float
 
 
-def finetune(
+def finetune_lora(
     lm: LanguageModel,
     conversations: Sequence[Conversation],
     config: FinetuneConfig,
@@ -110,9 +112,10 @@ def finetune(
             rows = order[first : first + config.batch_size]
             batch = pad([tokenized[row] for row in rows], rows)
             scored = answer_targets(batch)
-            hidden = final_hidden(tuned, batch.token_ids.to(lm.device), batch.mask.to(lm.device))
-            targets = batch.token_ids[scored].to(hidden.device)
-            loss = -log_probs(tuned, hidden[:, :-1][scored[:, 1:]], targets).mean()
+            with torch.autocast(lm.device.type, getattr(torch, config.autocast), enabled=config.autocast != "float32"):
+                hidden = final_hidden(tuned, batch.token_ids.to(lm.device), batch.mask.to(lm.device))
+                targets = batch.token_ids[scored].to(hidden.device)
+                loss = -log_probs(tuned, hidden[:, :-1][scored[:, 1:]], targets).mean()
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(f"the loss is not finite at step {step}; lower config.lr")
             loss.backward()  # type: ignore[no-untyped-call]

