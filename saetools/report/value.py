@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,8 +102,9 @@ class PersonaReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        """The report as JSON text; lone surrogates, which UTF-8 cannot hold, stand as escapes."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        return re.sub(r"[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
     @classmethod
     def from_json(cls, path: str | Path) -> PersonaReport:

@@ -1,0 +1,111 @@
+"""Markdown and JSON, and the writing of all three files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from saetools.errors import InputError
+from saetools.report import PersonaReport, render_markdown, write_report
+from saetools.report.doses import group_doses
+from saetools.report.tables import dose_table, fidelity_table, latent_table, score_table
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1]
+
+
+def test_markdown_tables_are_well_formed(report: PersonaReport) -> None:
+    blocks = render_markdown(report).split("\n\n")
+    tables = [block.split("\n") for block in blocks if block.startswith("|")]
+    assert len(tables) == 3 + 4 + len(report.answers) + 2
+    for lines in tables:
+        assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
+        assert len({len(cells(line)) for line in lines}) == 1
+        assert all(re.fullmatch(" (:--|--:) ", cell) for cell in cells(lines[1]))
+
+
+def test_markdown_has_the_same_content(report: PersonaReport) -> None:
+    text = re.sub(r"\\(.)", r"\1", render_markdown(report))
+    tables = [score_table(report), latent_table(report), fidelity_table(report)]
+    for table in (*tables, *map(dose_table, group_doses(report))):
+        for row in table.rows:
+            assert all(part in text for cell in row for part in (cell.text, cell.detail, *cell.tokens))
+    assert all(finding in text for finding in report.findings)
+    assert "4f" * 32 in text
+    assert "long answer " * 16_000 in text
+
+
+def test_hostile_text_is_inert_in_markdown(report: PersonaReport) -> None:
+    prose = re.sub(r"```json.*?```", "", render_markdown(report), flags=re.DOTALL)
+    assert set(re.findall("<[^ ]{0,3}", prose)) <= {"<br>"}
+    assert not re.search(r"(?<!\\)[\[\]`~$]", prose)
+    assert not re.search(r"https?:/", prose)
+    headings = [line for line in prose.split("\n") if line.startswith("#")]
+    assert len(headings) == 1 + 7 + 4 + len(report.answers)
+    fence = render_markdown(dataclasses.replace(report, provenance={"note": "```\n# out"})).rstrip().split("\n")[-1]
+    assert fence == "````"
+
+
+@pytest.mark.parametrize("start", ["# a", "- a", "+ a", "> a", "1. a", "12) a", "---", "==="])
+def test_a_finding_begins_nothing_else(report: PersonaReport, start: str) -> None:
+    text = render_markdown(dataclasses.replace(report, findings=(start,)))
+    line = next(line for line in text.split("\n") if line.startswith("- "))
+    assert not re.match(r"- ([#+>=-]|\d+[.)])", line)
+    assert line.replace("\\", "") == f"- {start}"
+
+
+def test_an_empty_report_has_every_section() -> None:
+    text = render_markdown(PersonaReport("Nothing", (), (), (), (), {}, (), {}, {}))
+    assert text.count("\n## ") == 7
+
+
+def test_json_round_trip(report: PersonaReport, tmp_path: Path) -> None:
+    paths = write_report(report, tmp_path, formats=("json",))
+    assert list(paths) == ["json"]
+    assert PersonaReport.from_json(paths["json"]) == report
+    raw = json.loads(paths["json"].read_text(encoding="utf-8"))
+    assert {"top_latents", "dose_response", "sae", "provenance"} <= set(raw)
+    assert len(raw["top_latents"]) == 24
+
+
+def test_writes_three_files_and_nothing_else(report: PersonaReport, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "demo"
+    assert write_report(report, out) == {
+        "html": out / "report.html",
+        "json": out / "report.json",
+        "markdown": out / "report.md",
+    }
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+def test_a_failure_leaves_the_old_files(report: PersonaReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = ("json", "markdown")
+    old = {path: path.read_bytes() for path in write_report(report, tmp_path, formats=formats).values()}
+    broken = dataclasses.replace(report, title="new", provenance={"not JSON": object()})
+    with pytest.raises(TypeError):
+        write_report(broken, tmp_path, formats=formats)
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, **settings: str) -> int:
+        write_text(path, text[:10], **settings)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        write_report(dataclasses.replace(report, title="new"), tmp_path, formats=formats)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+def test_bad_arguments(report: PersonaReport, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="formats: expected some of html, json, markdown"):
+        write_report(report, tmp_path, formats=("pdf",))
+    with pytest.raises(InputError, match="formats"):
+        write_report(report, tmp_path, formats=())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="out: expected a folder"):
+        write_report(report, tmp_path / "file")

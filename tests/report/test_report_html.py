@@ -1,0 +1,204 @@
+"""The page: complete, self-contained, well-formed, accessible, and deaf to hostile text."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from plotly.offline import get_plotlyjs
+from sample_report import HOSTILE
+
+from saetools.report import AnswerRow, PersonaReport, render_html
+
+_VOID = {"meta", "br", "img", "link", "input", "hr"}
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Page(HTMLParser):
+    """Elements with their attributes and text, in order; complains about tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self._open: list[int] = []
+        self.feed(html)
+        self.close()
+        assert not self._open, "unclosed tags"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+        if tag not in _VOID:
+            self._open.append(len(self.elements) - 1)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.elements[self._open.pop()][0] == tag
+
+    def handle_data(self, data: str) -> None:
+        inside_script = bool(self._open) and self.elements[self._open[-1]][0] in ("script", "style")
+        for index in self._open[-1:] if inside_script else self._open:
+            self.elements[index][2].append(data)
+
+    def texts(self, tag: str) -> list[str]:
+        return ["".join(text).strip() for name, _, text in self.elements if name == tag]
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes, _ in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html(report: PersonaReport) -> str:
+    return render_html(report)
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def figures(page: Page) -> list[str]:
+    scripts = [(attributes, "".join(text)) for tag, attributes, text in page.elements if tag == "script"]
+    return [text for attributes, text in scripts if attributes.get("type") == "application/json"]
+
+
+def shown(value: float, spec: str) -> str:
+    return format(value, spec).replace("-", "\u2212")
+
+
+def test_page_is_well_formed_and_accessible(page: Page) -> None:
+    assert page.attributes("html") == [{"lang": "en"}]
+    levels = [int(tag[1]) for tag, _, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    anchors = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
+    assert len(anchors) == len(set(anchors))
+    assert [attributes["href"] for attributes in page.attributes("a")] == [f"#{anchor}" for anchor in anchors]
+    assert len(page.texts("caption")) == len(page.texts("table"))
+    assert all(page.texts("caption"))
+    assert all(attributes.get("scope") in ("col", "row") for attributes in page.attributes("th"))
+    assert len(page.texts("figcaption")) == len(page.texts("figure")) == 2 + 4
+    assert all(page.texts("figcaption"))
+    plots = [attributes for attributes in page.attributes("div") if attributes.get("class") == "plot"]
+    assert len(plots) == len(figures(page)) == 2 + 2 * 4
+    assert all(attributes["aria-label"] for attributes in plots)
+
+
+def test_page_shows_every_latent_and_number(page: Page, report: PersonaReport) -> None:
+    by_name: dict[str, str] = {}
+    for text in page.texts("tr"):
+        by_name.setdefault(text.split("\n")[0], " ".join(text.split("\n")))
+    for row in report.scores:
+        assert shown(row.score.mean, ".3f") in by_name[row.model]
+    for latent in report.top_latents:
+        for text in (
+            shown(latent.delta, "+.3f"),
+            shown(latent.low, "+.3f") + ", " + shown(latent.high, "+.3f"),
+            shown(latent.effect, "+.2f"),
+            f"{latent.mean_base:.3f} \u2192 {latent.mean_tuned:.3f}",
+            f"{latent.rate_base:.2%} \u2192 {latent.rate_tuned:.2%}".replace("%", " %"),
+        ):
+            assert text in by_name[str(latent.latent)]
+    everything = "\n".join(page.texts("main"))
+    for dose in report.dose_response:
+        for text in (f"{dose.perplexity:.2f}", shown(dose.score.mean, ".3f"), shown(dose.shift.mean, "+.3f")):
+            assert text in everything
+    for answer in report.answers:
+        assert all(text in everything for text in answer.answers.values() if text.isprintable())
+    assert "0.187" in everything
+    assert "131,072" in everything
+    assert "4f" * 32 in everything
+    assert all(finding in page.texts("li") for finding in report.findings)
+
+
+def test_tables_have_one_row_for_each_thing(html: str, report: PersonaReport) -> None:
+    n_rows = {"Forced": 0, "Latents": 0, "Doses": 0, "Fidelity": 0}
+    for caption, body in re.findall(r"<caption>(\w+).*?<tbody>(.*?)</tbody>", html, flags=re.DOTALL):
+        n_rows[caption] = n_rows.get(caption, 0) + body.count("<tr>")
+    assert n_rows["Forced"] == len(report.scores)
+    assert n_rows["Latents"] == len(report.top_latents)
+    assert n_rows["Doses"] == len(report.dose_response)
+    assert n_rows["Fidelity"] == 10
+
+
+def test_page_loads_nothing(page: Page, html: str) -> None:
+    tags = {tag for tag, _, _ in page.elements}
+    assert not tags & {"link", "img", "iframe", "object", "embed", "base", "form", "video", "audio", "source"}
+    assert not [attributes for _, attributes, _ in page.elements if "src" in attributes]
+    assert "url(" not in page.texts("style")[0]
+    assert "@import" not in page.texts("style")[0]
+    policy = next(a["content"] for a in page.attributes("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe-eval" not in policy
+    for script in re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+
+
+def test_plotly_is_there_once_and_the_rest_is_small(html: str) -> None:
+    plotly = get_plotlyjs()
+    assert html.count(plotly) == 1
+    assert len(html) - len(plotly) < 500_000
+
+
+def test_hostile_text_is_inert(page: Page, html: str) -> None:
+    executable = [attributes for attributes in page.attributes("script") if "type" not in attributes]
+    assert len(executable) == 2
+    assert not [name for _, attributes, _ in page.elements for name in attributes if name.startswith("on")]
+    assert not _HIDDEN.search(html.replace(get_plotlyjs(), ""))
+    headings, answers = page.texts("h3"), page.texts("blockquote")
+    for text in HOSTILE:
+        if text.replace("\n", "").isprintable():
+            assert text in headings
+            assert text in answers
+    assert any("right[U+202E]to left[U+202C], [U+200B]zero width, bell[U+0007]" in text for text in answers)
+    assert "[U+D83D] lone surrogate" in answers
+    assert max(map(len, answers)) > 200_000
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "<b>bold</b><a href='javascript:alert(1)'>x</a>"])
+def test_hostile_labels_stay_within_their_figure(report: PersonaReport, text: str) -> None:
+    hostile = dataclasses.replace(
+        report,
+        title=text,
+        scores=tuple(dataclasses.replace(row, model=text) for row in report.scores[:1]),
+        top_latents=tuple(dataclasses.replace(row, promoted=(text,)) for row in report.top_latents[:2]),
+        dose_response=tuple(dataclasses.replace(row, model=text, edit=text) for row in report.dose_response[:3]),
+        answers=(AnswerRow(text, {text: text}),),
+    )
+    page = Page(render_html(hostile))
+    drawn = figures(page)
+    assert len(drawn) == 4
+    assert len(page.attributes("script")) == len(drawn) + 2
+    for figure in drawn:
+        assert not set("<>&\u2028\u2029") & set(figure)
+        tags = re.findall(r"<[^>]*>", json.dumps(json.loads(figure)))
+        assert set(tags) <= {"<br>", "<b>", "</b>"}
+        assert "<b>bold" not in json.dumps(json.loads(figure))
+
+
+def test_numbers_that_are_not_finite_and_single_doses(report: PersonaReport) -> None:
+    dose = dataclasses.replace(report.dose_response[0], perplexity=float("inf"))
+    html = render_html(dataclasses.replace(report, dose_response=(dose,), perplexity={}))
+    assert "\u221e" in html
+    assert all(json.loads(figure, parse_constant=pytest.fail) for figure in figures(Page(html)))
+
+
+def test_an_empty_report_renders() -> None:
+    empty = PersonaReport("Nothing", (), (), (), (), {}, (), {}, {})
+    page = Page(render_html(empty))
+    assert figures(page) == []
+    assert page.texts("table") == []
+
+
+def test_fidelity_on_several_models(report: PersonaReport) -> None:
+    both = {"base": {"fvu": 0.1, "kl": 0.2}, "tuned": {"fvu": 0.35}, "d_sae": 8192}
+    page = Page(render_html(dataclasses.replace(report, sae=both)))
+    table = next(text for text in page.texts("table") if text.startswith("Fidelity"))
+    assert [header for header in ("base", "tuned", "FVU", "0.100", "0.350", "\u2013") if header not in table] == []
