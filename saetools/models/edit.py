@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,10 @@ class Where:
         """The same on the device of a layer."""
         if self.mask.device == device:
             return self
-        return Where(*(None if field is None else field.to(device) for field in vars(self).values()))
+        fields: dict[str, Any] = {
+            name: None if field is None else field.to(device) for name, field in vars(self).items()
+        }
+        return Where(**fields)
 
 
 Edit = Callable[[Float[Tensor, "row pos d_model"], Where], Float[Tensor, "row pos d_model"]]
@@ -102,7 +106,7 @@ def edit(lm: LanguageModel, edits: Edits, *, roles: UInt8[Tensor, "row width"] |
         current[:] = [_where(module, args, kwargs, roles, embedded)]
         embedded.clear()
 
-    def apply(acts: Tensor, fns: Sequence[Edit]) -> Tensor:
+    def apply(fns: Sequence[Edit], acts: Tensor) -> Tensor:
         where = current[0].to(acts.device)
         for fn in fns:
             acts = _checked(fn(acts, where), acts)
@@ -113,7 +117,7 @@ def edit(lm: LanguageModel, edits: Edits, *, roles: UInt8[Tensor, "row width"] |
             hooks.callback(submodule(lm.model, embedding).register_forward_pre_hook(embed).remove)
         hooks.callback(lm.backbone.register_forward_pre_hook(capture, with_kwargs=True).remove)
         for module, access, fns in plans:
-            hooks.callback(attach(module, access, lambda acts, fns=fns: apply(acts, fns)).remove)
+            hooks.callback(attach(module, access, partial(apply, fns)).remove)
         yield
 
 
@@ -135,7 +139,7 @@ def attach(module: nn.Module, access: Access, fn: Callable[[Tensor], Tensor | No
 
     def on_input_in_place(_module: nn.Module, args: tuple[Any, ...]) -> None:
         acts = args[0]
-        new = fn(acts.clone() if acts.requires_grad else acts)  # autograd may keep what `fn` saw: do not overwrite it
+        new = fn(acts.clone() if torch.is_grad_enabled() else acts)  # autograd may need what `fn` saw: keep it
         if new is not None and new is not acts:
             acts.copy_(new)
 
@@ -148,7 +152,7 @@ def attach(module: nn.Module, access: Access, fn: Callable[[Tensor], Tensor | No
             return module.register_forward_pre_hook(on_input_in_place)
 
 
-def _checked(new: Tensor, acts: Tensor) -> Tensor:
+def _checked(new: Any, acts: Tensor) -> Tensor:
     if not isinstance(new, Tensor) or new.shape != acts.shape:
         raise InputError(
             "edits",

@@ -114,7 +114,7 @@ def log_probs(
     """
     parts = [
         torch.log_softmax(logits(lm, some).float(), dim=-1).gather(-1, wanted[:, None])[:, 0]
-        for some, wanted in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True)
+        for some, wanted in zip(torch.split(hidden, _HEAD_CHUNK), torch.split(targets, _HEAD_CHUNK), strict=True)
     ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from saetools.errors import InputError
-from saetools.models.layout import Layout, layout_of, submodule
+from saetools.models.layout import Layout, head_of, is_hooked_transformer, layout_of, submodule
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class LanguageModel:
     @property
     def head(self) -> nn.Module:
         """The map from the normalised residual to logits."""
-        return submodule(self.model, self.layout.head)
+        return head_of(self.model)
 
     @property
     def n_layers(self) -> int:
@@ -71,16 +71,16 @@ class LanguageModel:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        config: Any = getattr(self.model, "cfg", None)
-        return int(config.d_model if config is not None else self.model.config.hidden_size)  # type: ignore[union-attr]
+        model: Any = self.model
+        return int(model.cfg.d_model if is_hooked_transformer(model) else model.config.get_text_config().hidden_size)
 
     @property
     def logit_cap(self) -> float | None:
         """Bound of the soft-capped logits, where the architecture has one."""
-        config: Any = getattr(self.model, "cfg", None)
-        if config is None:
-            return getattr(self.model.config, "final_logit_softcapping", None)
-        return config.output_logits_soft_cap if config.output_logits_soft_cap > 0 else None  # type: ignore[no-any-return]
+        model: Any = self.model
+        if is_hooked_transformer(model):
+            return model.cfg.output_logits_soft_cap if model.cfg.output_logits_soft_cap > 0 else None
+        return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -15,21 +15,19 @@ Access = Literal["input", "output", "input_in_place"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Module paths of one family: from the causal LM for the first three, from a decoder layer for the rest."""
+    """Module paths of one family: those of streams from a decoder layer, the others from the causal LM."""
 
     backbone: str
     """Receives the attention mask, the cache, and token ids or embeddings."""
     layers: str
-    head: str
-    """Maps the normalised residual to logits."""
     norm: str
     """The norm before the head."""
     attn_out: str
+    """Outputs what attention adds to the residual stream."""
     mlp_out: str
+    """Outputs what the MLP adds to the residual stream."""
     mid_norm: str
-    """The norm whose input is the residual stream between attention and MLP."""
-    attention: str
-    mlp: str
+    """Receives the residual stream between attention and MLP."""
     embedding: str | None = None
     """Receives the token ids, where the backbone does not."""
 
@@ -37,46 +35,36 @@ class Layout:
 _LLAMA = Layout(
     backbone="model",
     layers="model.layers",
-    head="lm_head",
     norm="model.norm",
     attn_out="self_attn",
     mlp_out="mlp",
     mid_norm="post_attention_layernorm",
-    attention="self_attn",
-    mlp="mlp",
 )
 _GEMMA = Layout(
     backbone="model",
     layers="model.layers",
-    head="lm_head",
     norm="model.norm",
     attn_out="post_attention_layernorm",
     mlp_out="post_feedforward_layernorm",
     mid_norm="pre_feedforward_layernorm",
-    attention="self_attn",
-    mlp="mlp",
 )
+# With vision; text alone is enough to run it.
+_GEMMA3 = replace(_GEMMA, layers="model.language_model.layers", norm="model.language_model.norm")
 _GPT2 = Layout(
     backbone="transformer",
     layers="transformer.h",
-    head="lm_head",
     norm="transformer.ln_f",
     attn_out="attn",
     mlp_out="mlp",
     mid_norm="ln_2",
-    attention="attn",
-    mlp="mlp",
 )
 _GPT_NEOX = Layout(
     backbone="gpt_neox",
     layers="gpt_neox.layers",
-    head="embed_out",
     norm="gpt_neox.final_layer_norm",
-    attn_out="attention",
-    mlp_out="mlp",
+    attn_out="post_attention_dropout",
+    mlp_out="post_mlp_dropout",
     mid_norm="post_attention_layernorm",
-    attention="attention",
-    mlp="mlp",
 )
 
 _HF_LAYOUTS = {
@@ -87,6 +75,7 @@ _HF_LAYOUTS = {
     "smollm3": _LLAMA,
     "gemma": _LLAMA,
     "gemma2": _GEMMA,
+    "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA,
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
@@ -98,13 +87,10 @@ _HOOKED = Layout(
     backbone="blocks.0",
     embedding="embed",
     layers="blocks",
-    head="unembed",
     norm="ln_final",
     attn_out="hook_attn_out",
     mlp_out="hook_mlp_out",
     mid_norm="hook_resid_mid",
-    attention="attn",
-    mlp="mlp",
 )
 
 
@@ -119,17 +105,31 @@ def layout_of(model: nn.Module) -> Layout:
     Raises:
         InputError: for a family that saetools does not know.
     """
-    if is_hooked_transformer(model):
-        return _HOOKED
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return _HOOKED if is_hooked_transformer(model) else layout_of_config(getattr(model, "config", None))
+
+
+def layout_of_config(config: Any) -> Layout:
+    """The layout of the models with a Hugging Face config.
+
+    Raises:
+        InputError: for a family that saetools does not know.
+    """
+    kind = getattr(config, "model_type", None)
     if kind not in _HF_LAYOUTS:
         raise InputError(
             "model",
             expected="a causal LM of one of the families " + ", ".join(sorted(_HF_LAYOUTS)),
-            received=f"{type(model).__name__} (model_type {kind!r})",
+            received=f"model_type {kind!r}",
             remedy="load another model, or add its module paths to saetools/models/layout.py",
         )
     return _HF_LAYOUTS[kind]
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The map from the normalised residual to logits."""
+    known: Any = model
+    head: nn.Module = known.unembed if is_hooked_transformer(model) else known.get_output_embeddings()
+    return head
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module:

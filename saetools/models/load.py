@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from saetools.errors import FetchError, InputError, SaetoolsWarning
+from saetools.errors import FetchError, InputError, IntegrityError, SaetoolsError, SaetoolsWarning
 from saetools.models.builtin import BUILTINS, builtin_provenance, fetch_builtin
-from saetools.models.language_model import LanguageModel
-from saetools.models.layout import is_hooked_transformer, layout_of
+from saetools.models.language_model import LanguageModel, active_adapter
+from saetools.models.layout import is_hooked_transformer, layout_of, layout_of_config
 from saetools.models.quiet import quiet
 from saetools.provenance import sha256_of_file, sha256_of_texts
 
@@ -38,11 +39,12 @@ def load_model(
     """Load a causal language model, with any PEFT adapters on top, as a `LanguageModel`.
 
     Args:
-        source: the built-in name `smollm2-135m`; a local directory; a GGUF file; a hub id; or a model already loaded:
-            Hugging Face, PEFT, TransformerLens (`HookedTransformer`, `TransformerBridge`) or a `LanguageModel`.
+        source: the built-in name `smollm2-135m`; a local directory; a GGUF file; a hub id; or a model already loaded,
+            which is put in eval mode: Hugging Face, PEFT, TransformerLens (`HookedTransformer`, `TransformerBridge`) or
+            a `LanguageModel`.
         adapter: a PEFT adapter (directory or hub id), or several by name. The first is active; `.base` is the view
             without any and `.with_adapter(name)` another one, all on the same weights. A model that was passed in
-            loaded gets the adapter's layers injected.
+            loaded gets the adapter's layers injected; views of it made before still see it without.
         tokenizer: a tokenizer, or where to load it from; by default the model's own.
         chat_template: a Jinja chat template, or a file that holds one, in place of the tokenizer's.
         revision: branch, tag or commit on the hub.
@@ -52,18 +54,26 @@ def load_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        InputError: if the source does not exist or its architecture is not known.
+        InputError: if the source does not exist, its architecture is not known, or the adapter does not fit it.
         FetchError: if files cannot be downloaded, or a licence has to be accepted first.
+        IntegrityError: if weights are missing from the files.
 
     Example:
         >>> lm = load_model("smollm2-135m")
         >>> lm.n_layers, lm.d_model
         (30, 576)
     """
-    if isinstance(source, LanguageModel):
-        lm = source
-    elif isinstance(source, nn.Module):
-        lm = _from_module(source, tokenizer)
+    if isinstance(source, nn.Module | LanguageModel):
+        settings = {"revision": revision, "dtype": dtype if dtype != "auto" else None, "quantization": quantization}
+        if given := [name for name, value in settings.items() if value is not None]:
+            raise InputError(
+                given[0],
+                expected="nothing beside a loaded model",
+                received="a value",
+                remedy="apply it when loading the model",
+            )
+        lm = source if isinstance(source, LanguageModel) else _from_module(source, tokenizer)
+        lm = lm if tokenizer is None else replace(lm, tokenizer=_tokenizer(tokenizer))
     else:
         lm = _from_files(
             source,
@@ -82,7 +92,7 @@ def load_model(
     lm = replace(
         lm, provenance={**lm.provenance, "chat_template_sha256": sha256_of_texts([str(lm.tokenizer.chat_template)])}
     )
-    return lm if adapter is None else _with_adapters(lm, adapter, revision=None)
+    return lm if adapter is None else _with_adapters(lm, adapter)
 
 
 def check_pair(base: LanguageModel, tuned: LanguageModel, texts: Sequence[str] = ()) -> None:
@@ -147,7 +157,7 @@ def _vocabulary(lm: LanguageModel) -> int:
 
 
 def _from_files(source: str | Path, tokenizer: Any, *, quantization: str | None, **options: Any) -> LanguageModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     name, location, provenance = _resolve(source)
     files: dict[str, Any] = {"revision": options.pop("revision"), "trust_remote_code": options.pop("trust_remote_code")}
@@ -156,19 +166,28 @@ def _from_files(source: str | Path, tokenizer: Any, *, quantization: str | None,
         location = str(Path(location).parent)
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization)
-    with quiet(), _readable_hub_errors(location):
-        model = AutoModelForCausalLM.from_pretrained(location, **files, **options)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(location, **files)
-        elif isinstance(tokenizer, str | Path):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    layout_of(model)
+    with quiet(), _readable_errors("source", location):
+        layout_of_config(AutoConfig.from_pretrained(location, **files))  # before gigabytes are read
+        model, report = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **files, **options)
+    if missing := sorted({*report["missing_keys"], *report["mismatched_keys"]}):
+        raise IntegrityError(f"{location} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    tokenizer = _tokenizer(tokenizer) if tokenizer is not None else _tokenizer(location, **files)
     commit = getattr(model.config, "_commit_hash", None)
     provenance |= {"revision": commit} if commit else {}
     provenance |= {"dtype": str(model.dtype).removeprefix("torch.")} | (
         {"quantization": quantization} if quantization else {}
     )
     return LanguageModel(model.eval(), tokenizer, name, provenance=provenance)
+
+
+def _tokenizer(source: Any, **files: Any) -> Any:
+    """A tokenizer as it is, or from where it is."""
+    from transformers import AutoTokenizer
+
+    if not isinstance(source, str | Path):
+        return source
+    with quiet(), _readable_errors("tokenizer", str(source)):
+        return AutoTokenizer.from_pretrained(source, **files)
 
 
 def _resolve(source: str | Path) -> tuple[str, str, dict[str, Any]]:
@@ -181,6 +200,13 @@ def _resolve(source: str | Path) -> tuple[str, str, dict[str, Any]]:
     if path.is_file() and path.suffix == ".gguf":
         note = {"quantization": "dequantised from GGUF", "weights_sha256": sha256_of_file(path)}
         return path.stem, str(path.resolve()), {"source": path.name, **note}
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise InputError(
+            "source",
+            expected="a model",
+            received=f"the adapter folder {text!r}",
+            remedy="load the model it was made from, with adapter=<this folder>",
+        )
     if path.is_dir():
         weights = sorted(path.glob("*.safetensors"))
         return (
@@ -202,57 +228,60 @@ def _resolve(source: str | Path) -> tuple[str, str, dict[str, Any]]:
 
 
 def _from_module(module: nn.Module, tokenizer: Any) -> LanguageModel:
-    from transformers import AutoTokenizer
-
-    peft: Any = None
     model: Any = module
-    if hasattr(module, "peft_config") and hasattr(module, "get_base_model"):
-        peft, model = module, module.get_base_model()  # type: ignore[operator]
-    if hasattr(model, "original_model"):  # TransformerBridge: its hooks sit inside the Hugging Face model
+    if is_hooked_transformer(model):
+        tokenizer = tokenizer or model.tokenizer
+    elif hasattr(model, "original_model"):  # TransformerBridge: its hooks sit inside the Hugging Face model
         tokenizer = tokenizer or model.tokenizer
         model = model.original_model
-    elif is_hooked_transformer(model):
-        tokenizer = tokenizer or model.tokenizer
+    peft: Any = None
+    if hasattr(model, "get_base_model"):
+        peft, model = model, _without_peft(model)
     layout_of(model)
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or getattr(getattr(model, "cfg", None), "model_name", "") or "model"
-    if tokenizer is None:
-        with quiet(), _readable_hub_errors(name):
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    active = None
-    if peft is not None:
-        from saetools.models.language_model import _active_adapter
-
-        active = _active_adapter(peft.base_model)
+    active = active_adapter(model)
     return LanguageModel(
-        model.eval(), tokenizer, Path(name).name, peft=peft, adapter=active, provenance={"source": f"object: {name}"}
+        model.eval(),
+        _tokenizer(name if tokenizer is None else tokenizer),
+        Path(name).name,
+        peft=peft,
+        adapter=None if active is None else active.seen,
+        provenance={"source": f"object: {name}"},
     )
 
 
-def _with_adapters(lm: LanguageModel, adapter: Adapter, *, revision: str | None) -> LanguageModel:
-    from peft import PeftModel
+def _without_peft(peft: Any) -> nn.Module:
+    from peft.tuners.tuners_utils import BaseTuner
 
+    if not isinstance(peft.base_model, BaseTuner):
+        raise InputError(
+            "adapter",
+            expected="an adapter that changes layers, such as LoRA",
+            received=", ".join(config.peft_type for config in peft.peft_config.values()),
+            remedy="use another kind of adapter: virtual tokens would shift every position",
+        )
+    model: nn.Module = peft.get_base_model()
+    return model
+
+
+def _with_adapters(lm: LanguageModel, adapter: Adapter) -> LanguageModel:
     named = dict(adapter) if isinstance(adapter, Mapping) else {_adapter_name(adapter): adapter}
     if not named:
         raise InputError("adapter", expected="at least one adapter", received="{}", remedy="give a path, or None")
     peft, hashes = lm.peft, dict(lm.provenance.get("adapters", {}))
     for name, place in named.items():
         path = Path(place).expanduser()
-        if path.is_dir() and not (path / "adapter_config.json").is_file():
+        if path.exists() and not (path / "adapter_config.json").is_file():
             raise InputError(
                 "adapter",
                 expected="a PEFT adapter folder with adapter_config.json",
                 received=str(path),
                 remedy="point at the folder that save_pretrained of PEFT wrote",
             )
-        if name in (peft.peft_config if peft is not None else ()):
+        if name in getattr(lm.model, "peft_config", ()):
             raise InputError("adapter", expected="new names", received=repr(name), remedy="load it under another name")
-        location = str(path if path.is_dir() else place)
-        with quiet(), _readable_hub_errors(location):
-            if peft is None:
-                peft = PeftModel.from_pretrained(lm.model, location, adapter_name=name)
-            else:
-                peft.load_adapter(location, adapter_name=name)
+        peft = _load_adapter(lm.model, peft, name, str(path if path.is_dir() else place))
         weights = path / "adapter_model.safetensors"
         hashes[name] = {"source": path.name if path.is_dir() else str(place)} | (
             {"weights_sha256": sha256_of_file(weights)} if weights.is_file() else {}
@@ -261,14 +290,60 @@ def _with_adapters(lm: LanguageModel, adapter: Adapter, *, revision: str | None)
     return replace(lm, peft=peft, adapter=next(iter(named)), provenance={**lm.provenance, "adapters": hashes})
 
 
+def _load_adapter(model: nn.Module, peft: Any, name: str, location: str) -> Any:
+    from peft import PeftModel
+
+    with quiet(), _readable_errors("adapter", location):
+        try:
+            if peft is None:
+                peft = PeftModel.from_pretrained(model, location, adapter_name=name)
+            _without_peft(peft)
+            # Also after from_pretrained, which does not say what was missing; such an adapter would change nothing.
+            report = peft.load_adapter(location, adapter_name=name)
+            if missing := [key for key in report.missing_keys if f".{name}." in key]:
+                raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        except Exception:
+            _discard_adapter(model, name)
+            raise
+    return peft
+
+
+def _discard_adapter(model: Any, name: str) -> None:
+    """Take a half-loaded adapter out of a causal LM again, and all of PEFT with the last one."""
+    from peft.functional import delete_adapter
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if name not in getattr(model, "peft_config", ()):
+        return
+    kind = model.peft_config.pop(name).peft_type
+    if model.peft_config:
+        delete_adapter(model, name, PEFT_TYPE_TO_PREFIX_MAPPING[kind])
+        return
+    del model.peft_config
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(path, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            model.set_submodule(path, module.original_module)
+
+
 def _adapter_name(place: str | Path) -> str:
     return re.sub(r"\W+", "_", Path(place).name) or "adapter"
 
 
 def _read_template(template: str | Path) -> str:
-    if isinstance(template, Path) or ("{" not in template and Path(template).is_file()):
-        return Path(template).read_text(encoding="utf-8")
-    return template
+    if isinstance(template, str) and "{" in template:
+        return template
+    if not Path(template).is_file():
+        raise InputError(
+            "chat_template",
+            expected="a Jinja template or a file that holds one",
+            received=repr(str(template)),
+            remedy="check the path",
+        )
+    return Path(template).read_text(encoding="utf-8")
 
 
 def _bitsandbytes(quantization: str) -> Any:
@@ -288,28 +363,37 @@ def _bitsandbytes(quantization: str) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "8bit" else BitsAndBytesConfig(load_in_4bit=True)
 
 
-class _readable_hub_errors:  # noqa: N801 - used as a context manager
-    """Turn the hub's errors into ours, which say what to do."""
+@contextmanager
+def _readable_errors(argument: str, location: str) -> Iterator[None]:
+    """Turn the libraries' errors into ours, which say what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError
+    from safetensors import SafetensorError
 
-    def __init__(self, location: str) -> None:
-        self.location = location
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        from huggingface_hub import constants
-        from huggingface_hub.errors import GatedRepoError
-
-        if error is None or not isinstance(error, OSError):
-            return
+    try:
+        yield
+    except SaetoolsError:
+        raise
+    except SafetensorError as error:
+        raise IntegrityError(f"damaged weights in {location!r}: {_short(error)}; fetch them again") from error
+    except (OSError, ValueError, RuntimeError) as error:
         cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, GatedRepoError):
-                raise FetchError(
-                    f"{self.location} is gated: accept its licence at {constants.ENDPOINT}/{self.location} "
-                    "and set HF_TOKEN to a token of that account"
-                ) from error
+        while cause is not None and not isinstance(cause, GatedRepoError):
             cause = cause.__cause__ or cause.__context__
-        first = str(error).strip().splitlines()[0]
-        raise FetchError(f"cannot load {self.location!r}: {first}") from error
+        if cause is not None:
+            raise FetchError(
+                f"{location} is gated: accept its licence at {constants.ENDPOINT}/{location} "
+                "and set HF_TOKEN to a token of that account"
+            ) from error
+        if isinstance(error, OSError):
+            raise FetchError(f"cannot load {location!r}: {_short(error)}") from error
+        raise InputError(
+            argument,
+            expected="files that fit the model" if argument == "adapter" else "files that transformers can read",
+            received=f"{location!r} ({_short(error)})",
+            remedy="check that this is the right folder or hub id",
+        ) from error
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -64,7 +64,7 @@ class Site:
                 received=repr(name),
                 remedy="name a residual-stream hook of TransformerLens",
             )
-        return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+        return cls(int(match[1]), match[2])
 
     def __str__(self) -> str:
         return f"blocks.{self.layer}.hook_{self.stream}"
