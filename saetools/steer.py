@@ -18,6 +18,7 @@ changes, bit for bit. The first position of a context, an attention sink, is lef
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Scope:
     """Which tokens an edit touches.
 
     Args:
-        tokens: `all`; `prompt`: everything before the answer (template included); `response`: the answer.
+        tokens: `all`; `response`: assistant content; `prompt`: everything else (template included).
         skip_first: leave the first non-padding position alone.
     """
 
@@ -90,9 +91,9 @@ class LatentEdit:
         x = acts[chosen]
         sae = placed(self.sae, acts.device)
         latents = self.latents.to(acts.device)
-        f = sae.encode(x).of(latents)
-        change = (self.change(f) - f) @ sae.W_dec[latents]
-        return acts.masked_scatter(chosen[..., None], x + change.to(x.dtype))
+        f = sae.encode(x.detach()).of(latents)
+        change = (self.change(f) - f) @ sae.W_dec.detach()[latents]
+        return acts.masked_scatter(chosen[..., None], (x + change).to(acts.dtype))
 
     def __repr__(self) -> str:
         return _describe(self.description, self.scope)
@@ -109,10 +110,17 @@ class DirectionEdit:
 
     def __call__(self, acts: Tensor, where: Where) -> Tensor:
         """Edit the activations of a pass."""
+        if acts.shape[-1] != len(self.direction):
+            raise InputError(
+                "direction",
+                expected=f"length {acts.shape[-1]}, the width of the residual stream",
+                received=len(self.direction),
+                remedy="pass a direction of this model",
+            )
         chosen = self.scope(where)[..., None]
         direction = self.direction.to(acts.device)
-        change = self.change(acts.to(direction.dtype), direction).to(acts.dtype)
-        return torch.where(chosen, acts + change, acts)
+        x = acts.to(torch.promote_types(acts.dtype, direction.dtype))
+        return torch.where(chosen, x + self.change(x, direction), x).to(acts.dtype)
 
     def __repr__(self) -> str:
         return _describe(self.description, self.scope)
@@ -129,10 +137,12 @@ def add(sae: SAE, latents: Latents, strength: float, *, tokens: Tokens = "all", 
         skip_first: leave the first position alone.
 
     Raises:
-        InputError: for a latent that does not exist, or an SAE without a median norm.
+        InputError: for a latent that does not exist, an SAE without a median norm, or a strength that is not finite.
     """
     chosen = _check_latents(sae, latents)
-    step = strength * median_norm(sae) * torch.nn.functional.normalize(sae.W_dec.detach()[chosen], dim=1).sum(0)
+    rows = sae.W_dec.detach()[chosen.to(sae.W_dec.device)]
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    step = _finite("strength", strength) * median_norm(sae) * torch.nn.functional.normalize(rows, dim=1).sum(0)
     return DirectionEdit(
         step,
         lambda x, v: v.expand_as(x),
@@ -164,14 +174,21 @@ def clamp(
         skip_first: leave the first position alone.
 
     Raises:
-        InputError: for a latent that does not exist, a number of values that does not fit, or no 99th percentiles.
+        InputError: for a latent that does not exist, values that are not finite or do not fit the number of latents,
+            or an SAE without 99th percentiles.
     """
     chosen = _check_latents(sae, latents)
-    values = torch.as_tensor(value, dtype=sae.W_dec.dtype).expand(len(chosen)) if _fits(value, chosen) else None
-    if values is None:
+    values = torch.as_tensor(value, dtype=torch.promote_types(sae.W_dec.dtype, torch.float32)).cpu()
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != len(chosen)) or not bool(torch.isfinite(values).all()):
         raise InputError(
-            "value", expected=f"one number, or {len(chosen)}", received=value, remedy="give one value per latent"
+            "value",
+            expected=f"one finite number, or {len(chosen)}",
+            received=value,
+            remedy="give one for all latents or one for each",
         )
+    values = values.expand(len(chosen))
+    if unit not in ("activation", "p99"):
+        raise InputError("unit", expected="activation or p99", received=repr(unit), remedy="pick one of these")
     if unit == "p99":
         if sae.p99 is None:
             raise InputError(
@@ -180,10 +197,10 @@ def clamp(
                 received="'p99'",
                 remedy="measure them: saetools.measure_latents",
             )
-        values = values * sae.p99[chosen].cpu()
+        values = values * sae.p99.cpu()[chosen]
 
     def change(f: Tensor) -> Tensor:
-        target = values.to(f.device).expand_as(f)
+        target = values.to(f).expand_as(f)
         return torch.where(f > 0, target, f) if only_if_active else target
 
     suffix = (" x p99" if unit == "p99" else "") + (" where active" if only_if_active else "")
@@ -194,9 +211,10 @@ def scale(sae: SAE, latents: Latents, factor: float, *, tokens: Tokens = "all", 
     """Multiply the activations of latents; 1 changes nothing, 0 is `ablate`.
 
     Raises:
-        InputError: for a latent that does not exist.
+        InputError: for a latent that does not exist, or a factor that is not finite.
     """
     chosen = _check_latents(sae, latents)
+    factor = _finite("factor", factor)
     return LatentEdit(
         sae, chosen, lambda f: f * factor, Scope(tokens, skip_first), f"scale {_name(chosen)} by {factor:g}"
     )
@@ -220,9 +238,9 @@ def add_direction(
     For a share of the typical residual norm, pass a unit vector and strength times `sae.metadata.median_norm`.
 
     Raises:
-        InputError: if the direction is not a finite vector.
+        InputError: if the direction is not a finite vector, or the strength not a finite number.
     """
-    step = strength * _check_direction(direction)
+    step = _finite("strength", strength) * _check_direction(direction)
     return DirectionEdit(
         step,
         lambda x, v: v.expand_as(x),
@@ -285,7 +303,7 @@ def _check_latents(sae: SAE, latents: Latents) -> Int[Tensor, " latent"]:
             received=bad.tolist() if len(bad) else "none",
             remedy="name latents of this SAE",
         )
-    if len(chosen.unique()) != len(chosen):
+    if len(set(chosen.tolist())) != len(chosen):
         raise InputError("latents", expected="each latent once", received=chosen.tolist(), remedy="drop the repeats")
     return chosen
 
@@ -293,13 +311,18 @@ def _check_latents(sae: SAE, latents: Latents) -> Int[Tensor, " latent"]:
 def _check_direction(direction: Tensor) -> Tensor:
     if direction.ndim != 1 or not bool(torch.isfinite(direction).all()):
         raise InputError(
-            "direction", expected="a finite vector", received=f"shape {tuple(direction.shape)}", remedy="pass [d_model]"
+            "direction",
+            expected="a finite vector",
+            received=f"shape {tuple(direction.shape)}" if direction.ndim != 1 else "NaN or infinity",
+            remedy="pass [d_model]",
         )
     return direction.detach().to(torch.promote_types(direction.dtype, torch.float32))
 
 
-def _fits(value: float | Sequence[float], latents: Tensor) -> bool:
-    return isinstance(value, int | float) or len(value) == len(latents)
+def _finite(argument: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise InputError(argument, expected="a finite number", received=value, remedy="pass another")
+    return value
 
 
 def _name(latents: Tensor) -> str:
@@ -308,4 +331,5 @@ def _name(latents: Tensor) -> str:
 
 
 def _describe(description: str, scope: Scope) -> str:
-    return description + ("" if scope.tokens == "all" else f" on {scope.tokens} tokens")
+    tokens = "" if scope.tokens == "all" else f" on {scope.tokens} tokens"
+    return description + tokens + ("" if scope.skip_first else ", first position included")
