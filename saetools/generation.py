@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,17 @@ class SamplingConfig:
     that it depends neither on the batch nor on the edit."""
     batch_rows: int = 24
     """Answers generated together."""
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("n_samples", self.n_samples >= 1, "1 or more"),
+            ("batch_rows", self.batch_rows >= 1, "1 or more"),
+        ):
+            if not good:
+                raise InputError(name, expected=expected, received=getattr(self, name), remedy="pick another")
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ def _answer_batch(
         cache = DynamicCache(config=lm.model.config)
         for _ in range(config.max_new_tokens):
             hidden = final_hidden(lm, token_ids, mask, cache=cache)[:, -1]
-            chosen = choose_tokens(logits(lm, hidden).float(), config, streams)
+            chosen = choose_tokens(logits(lm, hidden).float(), config, streams).to(lm.device)
             new.append(chosen)
             finished |= torch.isin(chosen, ends)
             if bool(finished.all()):
