@@ -43,9 +43,10 @@ class LatentDiff:
 
     Args:
         table: one row per latent, by `latent`: `mean_base`, `mean_tuned` (activation, averaged over the tokens of a
-            conversation and then over conversations), `rate_base`, `rate_tuned` (share of tokens on which it is active),
-            `delta` = mean_tuned - mean_base with its 95 % interval `low`, `high` and standard error `se`, `effect` =
-            delta / sd over conversations, `rank` (1 = largest increase), `n_conversations`.
+            conversation and then over conversations), `rate_base`, `rate_tuned` (share of tokens on which it is active,
+            averaged alike), `delta` = mean_tuned - mean_base with its 95 % interval `low`, `high` and standard error
+            `se`, `effect` = delta / sd over conversations (0 if the sd is), `rank` (1 = largest increase),
+            `n_conversations`.
         provenance: models, SAE, data, positions, seed, versions.
     """
 
@@ -60,7 +61,7 @@ class LatentDiff:
         """
         if n < 1:
             raise InputError("n", expected="1 or more", received=n, remedy="ask for at least one latent")
-        return self.table.sort("delta", descending=not decreases).head(n)
+        return self.table.sort("delta", descending=not decreases, maintain_order=True).head(n)
 
     def figure(self, *, n_labels: int = 10) -> go.Figure:
         """Change against effect size, one dot per latent that fires at all, the largest named."""
@@ -215,6 +216,7 @@ def sae_site(sae: SAE) -> Site:
     return Site.parse(sae.metadata.site)
 
 
+_QUANTILE_LATENTS = 1024
 _BLOCK = 64  # conversations whose means over tokens exist at the same time, [block, d_sae]
 
 
@@ -289,7 +291,9 @@ class _Sums:
         variance = (means["delta_squared"] - delta.square()).clamp_min(0) * (self.n / (self.n - 1))
         sd = variance.sqrt()
         effect = torch.where(sd > 0, delta / sd, 0.0)
-        low, high = torch.quantile(self.resampled, torch.tensor([0.025, 0.975]), dim=0)
+        ends = torch.tensor([0.025, 0.975])  # some latents at a time: torch.quantile takes 2^24 numbers at most
+        parts = [torch.quantile(part, ends, dim=0) for part in torch.split(self.resampled, _QUANTILE_LATENTS, 1)]
+        low, high = torch.cat(parts, dim=1).double()
         rank = torch.empty(len(delta), dtype=torch.long)
         rank[torch.argsort(-delta, stable=True)] = torch.arange(1, len(delta) + 1)
         columns = {

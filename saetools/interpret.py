@@ -41,12 +41,14 @@ def promoted_tokens(lm: LanguageModel, sae: SAE, latents: Sequence[int], *, n_to
     if bad:
         raise InputError("latents", expected=f"0 to {sae.d_sae - 1}", received=bad, remedy="name latents of this SAE")
     vocabulary = len(lm.tokenizer)
+    weight = next(lm.final_norm.parameters(), next(lm.head.parameters()))  # a folded norm has none
     found = []
     with lm.active():
         for latent in latents:
-            direction = sae.W_dec[latent].to(lm.device, next(lm.final_norm.parameters()).dtype)
+            direction = sae.W_dec[latent].to(weight.device, weight.dtype)
             scores = logits(lm, lm.final_norm(direction[None]))[0, :vocabulary].float()
-            ends = [scores.topk(n_tokens).indices, (-scores).topk(n_tokens).indices]
+            n_shown = min(n_tokens, len(scores))
+            ends = [scores.topk(n_shown).indices, (-scores).topk(n_shown).indices]
             promoted, suppressed = (tuple(lm.tokenizer.decode([token]) for token in end.tolist()) for end in ends)
             found.append(LatentTokens(latent, promoted, suppressed))
     return found

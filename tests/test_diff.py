@@ -1,0 +1,211 @@
+"""Diffing: planted changes are found, numbers are those of a dense computation, intervals cover."""
+
+import polars as pl
+import pytest
+import torch
+from polars.testing import assert_frame_equal
+from tiny_sae import basis_sae, make_sae, with_random_adapter
+
+from saetools.data import POSITIONS, Conversation, select_positions, tokenize
+from saetools.diff import LatentDiff, _Means, _Sums, diff_latents, sae_site
+from saetools.errors import InputError, IntegrityError
+from saetools.models import Site, read
+
+CHATS = [
+    Conversation.chat(user, answer, id=user)
+    for user, answer in (
+        ("Hi", "Hello to you."),
+        ("What is the weather like?", "Sunny."),
+        ("Name a colour, please.", "Red, or maybe blue."),
+        ("How do I bake bread?", "Flour, water, salt."),
+        ("Why?", "Because it is so."),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def lm(make_tiny):
+    return make_tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def organism(make_tiny):
+    """A tiny model with an adapter that writes one direction of `basis_sae` at its site, more or less on each token."""
+    tuned = with_random_adapter(make_tiny("llama"), target_modules=r".*layers\.1\.mlp\.down_proj")
+    inner = []
+    down = tuned.layers[1].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _module, args: inner.append(args[0]))
+    with torch.no_grad():
+        tokens = next(tokenize(CHATS[:1], tuned.tokenizer)).token_ids[None]
+        read(tuned.base, tokens, torch.ones_like(tokens, dtype=torch.bool), [Site(1)])
+        handle.remove()
+        down.lora_A["tuned"].weight.zero_()[0] = 3 * torch.nn.functional.normalize(inner[0].mean((0, 1)), dim=0)
+        down.lora_B["tuned"].weight.zero_()[:, 0] = basis_sae().W_dec[20]
+    return tuned
+
+
+def diff(base, tuned, sae=None, **settings):
+    return diff_latents(
+        base, tuned, sae or basis_sae(), CHATS, **{"positions": "prompt", "n_resamples": 50, **settings}
+    )
+
+
+def dense_means(lm, sae, positions):
+    """Mean activation and firing rate of each conversation, one by one and without padding."""
+    rows = []
+    for one in tokenize(CHATS, lm.tokenizer):
+        with torch.no_grad():
+            x = read(lm, one.token_ids[None], torch.ones(1, len(one), dtype=torch.bool), [Site(1)])[Site(1)][0, 1:]
+            f = sae.encode(x[select_positions(one.roles[1:], positions)]).to_dense()
+        rows.append(torch.stack([f.mean(0), (f > 0).float().mean(0)]))
+    return torch.stack(rows, 1).double()
+
+
+def test_a_planted_direction_ranks_first_and_alone(organism):
+    found = diff(organism.base, organism)
+    top = found.top(1).row(0, named=True)
+    assert (top["latent"], top["rank"]) == (20, 1)
+    assert top["low"] > 0.1
+    assert found.table.filter(pl.col("latent") != 20)["delta"].abs().max() < 1e-5
+    backwards = diff(organism, organism.base)
+    assert backwards.top(1, decreases=True)["latent"].item() == 20
+    assert backwards.table["rank"][20] == 32
+    assert backwards.table["delta"][20] == pytest.approx(-top["delta"])
+
+
+def test_a_full_fine_tune_is_compared_as_a_model_of_its_own(make_tiny):
+    sae = basis_sae()
+    base, tuned = make_tiny("gpt2"), make_tiny("gpt2")
+    with torch.no_grad():
+        tuned.layers[1].mlp.c_proj.bias += 50 * sae.W_dec[11]
+    table = diff(base, tuned, sae, positions="all").table
+    assert table["rank"][11] == 1
+    assert table["rate_tuned"][11] == 1
+    assert table.filter(pl.col("latent") != 11)["delta"].abs().max() < 1e-4
+    mean_base = table["mean_base"][11]
+    assert 49 - mean_base < table["delta"][11] < 51
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_numbers_are_those_of_a_dense_computation(organism, positions):
+    sae = make_sae("jumprelu")
+    found = diff(organism.base, organism, sae, positions=positions, batch_tokens=60)
+    means = {name: dense_means(lm, sae, positions) for name, lm in (("base", organism.base), ("tuned", organism))}
+    delta = means["tuned"][0] - means["base"][0]
+    sd = delta.std(0)
+    expected = {
+        "latent": torch.arange(48),
+        **{f"mean_{name}": both[0].mean(0) for name, both in means.items()},
+        **{f"rate_{name}": both[1].mean(0) for name, both in means.items()},
+        "delta": delta.mean(0),
+        "se": sd / 5**0.5,
+        "n_conversations": torch.full((48,), 5),
+    }
+    for name, values in expected.items():
+        ours = torch.tensor(found.table[name].to_list(), dtype=torch.double)
+        torch.testing.assert_close(
+            ours, values.double(), rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    moved = sd > 1e-3
+    effect = torch.tensor(found.table["effect"].to_list(), dtype=torch.double)
+    torch.testing.assert_close(effect[moved], (delta.mean(0) / sd)[moved], rtol=1e-2, atol=1e-3)
+    assert delta.abs().max() > 0.05
+    assert (found.table["low"] <= found.table["delta"] + 1e-6).all()
+    assert (found.table["high"] >= found.table["delta"] - 1e-6).all()
+
+
+def test_a_model_does_not_differ_from_itself(organism):
+    for lm in (organism, organism.base):
+        table = diff(lm, lm, make_sae(), positions="all").table
+        assert not table.select("delta", "low", "high", "se", "effect").to_numpy().any()
+        assert table["mean_base"].max() > 0
+        assert table["rank"].to_list() == list(range(1, 49))
+
+
+def test_ranks_order_the_changes(organism):
+    found = diff(organism.base, organism, make_sae(), positions="all")
+    by_rank = found.table.sort("rank")
+    assert by_rank["rank"].to_list() == list(range(1, 49))
+    assert by_rank["delta"].is_sorted(descending=True)
+    assert_frame_equal(found.top(5), by_rank.head(5))
+    assert found.top(3, decreases=True)["delta"].is_sorted()
+    assert found.top(3, decreases=True)["delta"][0] == found.table["delta"].min()
+    assert len(found.top(1000)) == 48
+    with pytest.raises(InputError, match="n: expected 1 or more"):
+        found.top(0)
+
+
+def test_intervals_cover_the_truth():
+    n, n_experiments = 50, 2500  # each latent an experiment of its own
+    generator = torch.Generator().manual_seed(0)
+    base, noise = (torch.randn(n, n_experiments, generator=generator) for _ in range(2))
+    sums = _Sums(n, n_experiments, 400, seed=0)
+    delta = 0.3 + noise + (noise**2 - 1)  # skewed, mean 0.3
+    for start in (0, 20):
+        part = slice(start, 20 if start == 0 else n)
+        zeros = torch.zeros_like(base[part])
+        sums.add(start, _Means(base[part], zeros), _Means(base[part] + delta[part], zeros))
+    table = sums.table()
+    assert len(table) == n_experiments
+    covered = table.select(((pl.col("low") <= 0.3) & (pl.col("high") >= 0.3)).mean()).item()
+    assert 0.88 < covered < 0.96
+    resampled = sums.weights.double() @ delta.double()[:, -1]
+    ends = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.double))
+    torch.testing.assert_close(torch.tensor(table.row(-1)[6:8], dtype=torch.double), ends, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_blocks_and_seeds(organism, monkeypatch):
+    sae = make_sae()
+    plain = diff(organism.base, organism, sae)
+    monkeypatch.setattr("saetools.diff._BLOCK", 2)
+    done = []
+    blocks = diff(organism.base, organism, sae, batch_tokens=1, on_progress=lambda *args: done.append(args))
+    assert_frame_equal(blocks.table, plain.table, abs_tol=1e-5)
+    assert done == [(2, 5), (4, 5), (5, 5)]
+    other = diff(organism.base, organism, sae, seed=1)
+    assert not other.table["low"].equals(plain.table["low"])
+    assert other.table["delta"].equals(plain.table["delta"])
+
+
+def test_a_saved_diff_is_the_same_and_a_changed_one_is_noticed(organism, tmp_path):
+    found = diff(organism.base, organism, max_tokens=40)
+    assert found.provenance["n_truncated"] > 0
+    loaded = LatentDiff.load(found.save(tmp_path / "run"))
+    assert loaded.table.equals(found.table)
+    assert loaded.table.schema == found.table.schema
+    assert loaded.provenance == found.provenance
+    assert {found.provenance[side]["adapter"] for side in ("base", "tuned")} == {None, "tuned"}
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["diff.json", "latents.parquet"]
+    found.table.head(3).write_parquet(tmp_path / "run" / "latents.parquet")
+    with pytest.raises(IntegrityError, match="has changed since it was saved"):
+        LatentDiff.load(tmp_path / "run")
+    with pytest.raises(InputError, match="path: expected a folder with"):
+        LatentDiff.load(tmp_path)
+
+
+def test_the_figure_shows_latents_that_fire(organism):
+    found = diff(organism.base, organism, make_sae())
+    (trace,) = found.figure(n_labels=2).data
+    fires = found.table.filter((pl.col("rate_base") > 0) | (pl.col("rate_tuned") > 0))
+    assert len(trace.x) == len(fires) < 48
+    named = {int(label) for label in trace.text if label}
+    assert named <= set(found.top(2)["latent"]) | set(found.top(1, decreases=True)["latent"])
+    assert str(found.top(1)["latent"].item()) in trace.text
+
+
+def test_what_cannot_be_compared_is_an_error(lm, organism, make_tiny):
+    for settings, message in (
+        ({"sae": make_sae(d_in=16)}, "sae: expected an SAE of width 32, received 16"),
+        ({"sae": make_sae(site="")}, "site: .*pass site="),
+        ({"tuned": make_tiny("llama", num_hidden_layers=2)}, "tuned: expected the base's architecture"),
+        ({"sae": make_sae(site="blocks.9.hook_resid_post")}, "site: expected a layer below 3"),
+    ):
+        tuned = settings.pop("tuned", lm)
+        with pytest.raises(InputError, match=message):
+            diff(lm, tuned, **settings)
+    with pytest.raises(InputError, match="two or more with tokens at 'response', received 1 of 2"):
+        diff_latents(lm, lm, make_sae(), [CHATS[0], Conversation(text="no answer")], positions="response")
+    assert sae_site(make_sae()) == Site(1)
+    elsewhere = diff(organism.base, organism, make_sae(site=""), site=Site(0))
+    assert not elsewhere.table["delta"].to_numpy().any()
+    assert elsewhere.provenance["site"] == "blocks.0.hook_resid_post"
