@@ -24,10 +24,12 @@ from saetools.models.edit import Edit, Where
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
 from saetools.stats import Estimate
-from saetools.steer import add_direction
+from saetools.steer import Scope, add_direction
 
 Control = Literal["none", "equal_norm", "equal_perplexity"]
 _GRID = 1.6  # ratio of neighbouring scales when looking for one of equal perplexity
+_TOLERANCE = 0.02  # of log-perplexity
+_TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class DosePoint:
 
     Args:
         strength: the dose, in the edit's own units.
-        control: `none` is the edit itself; `equal_norm` and `equal_perplexity` are random directions.
+        control: `none` is the edit itself; `equal_norm` and `equal_perplexity` are random directions, added to the
+            tokens that the edit may touch.
         score: forced-choice score under it.
         shift: paired difference to the unedited model on the same items.
         perplexity: on the reference texts.
-        norm: mean norm of the change that it makes to a residual of the reference texts.
+        norm: mean norm of the change that it makes to a residual of the reference texts, over those tokens.
         against: paired difference of the edit's score to this control's; `None` for the edit itself.
         n: items scored.
     """
@@ -94,7 +97,7 @@ def dose_response(
         on_progress: called with model evaluations done and in all.
 
     Raises:
-        InputError: for no doses.
+        InputError: for no doses, or edits that touch no token of the reference texts, such as those of answers only.
     """
     if not doses:
         raise InputError("doses", expected="at least one strength", received="none", remedy="pass edits by strength")
@@ -103,17 +106,19 @@ def dose_response(
     random = torch.nn.functional.normalize(torch.randn(lm.d_model, generator=generator), dim=0)
     unedited = unedited or score_forced_choice(lm, items)
     plain = measure_perplexity(lm, texts).value
-    curve = _PerplexityCurve(lm, site, random, texts, plain)
+    curves: dict[Scope, _PerplexityCurve] = {}
     points: list[DosePoint] = []
     for strength, fn in doses.items():
         norm = edit_norm(lm, site, fn, texts)
+        scope = _scope(fn)
+        curve = curves.setdefault(scope, _PerplexityCurve(lm, site, random, scope, texts, plain))
         perplexity = measure_perplexity(lm, texts, edits={site: fn}).value
         own = score_forced_choice(lm, items, edits={site: fn})
         points.append(_point(strength, "none", own, unedited, perplexity, norm, None))
         done += 1
         scales: dict[Control, float] = {"equal_norm": norm, "equal_perplexity": curve.scale_for(perplexity, start=norm)}
         for control, scale in scales.items():
-            step = {site: add_direction(random, scale)}
+            step = {site: curve.step(scale)}
             score = score_forced_choice(lm, items, edits=step)
             points.append(_point(strength, control, score, unedited, curve.at(scale), scale, own.minus(score)))
             done += 1
@@ -123,18 +128,36 @@ def dose_response(
 
 
 def edit_norm(lm: LanguageModel, site: Site, fn: Edit, texts: Sequence[str]) -> float:
-    """Mean norm of the change an edit makes to a residual of some texts, over the tokens it may touch."""
+    """Mean norm of the change an edit makes to a residual of some texts, over the tokens it may touch.
+
+    Raises:
+        InputError: if it may touch none.
+    """
     sums = [0.0, 0]
+    scope = _scope(fn)
 
     def watch(acts: Tensor, where: Where) -> Tensor:
         out = fn(acts, where)
-        change = (out - acts).float().norm(dim=-1)[where.mask & (where.positions > 0)]
+        change = (out - acts).float().norm(dim=-1)[scope(where)]
         sums[0] += float(change.sum())
         sums[1] += len(change)
         return out
 
     measure_perplexity(lm, texts, edits={site: watch})
+    if not sums[1]:
+        raise InputError(
+            "doses",
+            expected="edits that touch plain texts",
+            received=repr(fn),
+            remedy="use tokens='all' or 'prompt': reference texts have no answers",
+        )
     return sums[0] / sums[1]
+
+
+def _scope(fn: Edit) -> Scope:
+    """The tokens that an edit may touch; of another function than ours, all but the first."""
+    scope = getattr(fn, "scope", None)
+    return scope if isinstance(scope, Scope) else Scope()
 
 
 def _point(
@@ -154,30 +177,42 @@ class _PerplexityCurve:
     """Perplexity under a random direction as a function of its length, measured where needed."""
 
     def __init__(
-        self, lm: LanguageModel, site: Site, direction: Float[Tensor, " d_model"], texts: Sequence[str], plain: float
+        self,
+        lm: LanguageModel,
+        site: Site,
+        direction: Float[Tensor, " d_model"],
+        scope: Scope,
+        texts: Sequence[str],
+        plain: float,
     ) -> None:
-        self._lm, self._site, self._direction, self._texts = lm, site, direction, texts
+        self._lm, self._site, self._direction, self._scope, self._texts = lm, site, direction, scope, texts
         self._known = {0.0: plain}
+
+    def step(self, scale: float) -> Edit:
+        """The direction added at this length."""
+        return add_direction(self._direction, scale, tokens=self._scope.tokens, skip_first=self._scope.skip_first)
 
     def at(self, scale: float) -> float:
         """Perplexity with the direction added at this length."""
         if scale not in self._known:
-            step = {self._site: add_direction(self._direction, scale)}
-            self._known[scale] = measure_perplexity(self._lm, self._texts, edits=step).value
+            self._known[scale] = measure_perplexity(self._lm, self._texts, edits={self._site: self.step(scale)}).value
         return self._known[scale]
 
     def scale_for(self, perplexity: float, *, start: float) -> float:
-        """The length that costs so much perplexity, interpolated between measured neighbours; 0 if it costs none."""
+        """The length that costs so much perplexity, within the tolerance; 0 if it costs none."""
         if perplexity <= self._known[0.0] or start <= 0:
             return 0.0
-        low, high = 0.0, start
+        high = start
         while self.at(high) < perplexity and high < 64 * start:
-            low, high = high, high * _GRID
-        while low == 0.0 and self.at(high / _GRID) > perplexity and high > start / 64:
-            high /= _GRID
-        low = max(low, high / _GRID)
-        below, above = math.log(self.at(low)), math.log(self.at(high))
-        if above <= below:
-            return high
-        share = min(1.0, max(0.0, (math.log(perplexity) - below) / (above - below)))
-        return low + share * (high - low)
+            high *= _GRID
+        for attempt in range(_TRIES):
+            above = {scale: math.log(cost / perplexity) for scale, cost in self._known.items()}
+            low = max(scale for scale, excess in above.items() if scale < high and excess <= 0)
+            high = min(scale for scale in above if scale > low)
+            nearest = min((low, high), key=lambda scale: abs(above[scale]))
+            if abs(above[nearest]) <= _TOLERANCE or above[high] <= 0 or attempt == _TRIES - 1:
+                break
+            share = above[low] / (above[low] - above[high])  # for small steps the cost grows as the square
+            halfway = math.sqrt(low * high) if low else high / _GRID**2
+            self.at(halfway if attempt % 2 else math.sqrt(low**2 + share * (high**2 - low**2)))
+        return nearest

@@ -142,8 +142,9 @@ def _uncached_means(lm: LanguageModel, joined: Sequence[TokenizedConversation], 
     scored = (batch.roles & int(Role.RESPONSE)) != 0
     with edit(lm, edits, roles=batch.roles):
         hidden = final_hidden(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device))
-    values = log_probs(lm, hidden[:, :-1][scored[:, 1:]], batch.token_ids[scored])
-    totals = torch.zeros(scored.shape).masked_scatter_(scored, values)
+    targets = batch.token_ids[:, 1:][scored[:, 1:]].to(hidden.device)
+    values = log_probs(lm, hidden[:, :-1][scored[:, 1:].to(hidden.device)], targets)
+    totals = torch.zeros(scored.shape).masked_scatter_(scored, values.cpu())
     return totals.sum(1) / scored.sum(1)
 
 
