@@ -20,7 +20,10 @@ from saetools.data.tokenize import Batch, TokenizedConversation, TokenizeReport,
 from saetools.errors import InputError, NonFiniteError
 from saetools.models.forward import final_hidden, log_probs
 from saetools.models.language_model import LanguageModel
+from saetools.models.quiet import quiet
 from saetools.provenance import sha256_of_texts, versions, write_json
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class FinetuneConfig:
     """Longer conversations are cut."""
     autocast: str = "bfloat16"
     """Dtype of the matrix products; the weights stay as they are. `float32` switches autocast off."""
+    storage_dtype: str = "float32"
+    """Dtype of the saved adapter; the returned view is rounded to it, so that both are the same model."""
     seed: int = 0
     """Of the adapter's initial weights and the order of the data."""
 
@@ -73,7 +78,7 @@ def finetune_lora(
     """Train a LoRA adapter on the answers of conversations and save it in PEFT's format.
 
     The loss counts assistant content and the token that ends the turn. The adapter's layers are injected into the
-    model, whose other views stay as they were.
+    model, whose other views stay as they were; if training fails, the adapter is taken out again.
 
     Args:
         lm: the model to start from; must have no adapter active.
@@ -87,15 +92,32 @@ def finetune_lora(
         The view with the new adapter.
 
     Raises:
-        InputError: if a conversation has no answer, or an adapter is active or of that name already.
+        InputError: for settings out of range, if a conversation has no answer, or if an adapter is active or of that
+            name already.
         NonFiniteError: if the loss is not finite.
     """
     out = Path(out)
     report = TokenizeReport()
     tokenized = list(tokenize(conversations, lm.tokenizer, max_tokens=config.max_tokens, report=report))
     _check(lm, tokenized, config, name)
-    torch.manual_seed(config.seed)
     tuned = _inject(lm, config, name)
+    try:
+        _train(tuned, tokenized, config, out, on_progress)
+        _save(tuned, out, config, report, tokenized, name)
+    except BaseException:
+        tuned.peft.delete_adapter(name)
+        raise
+    return tuned
+
+
+def _train(
+    tuned: LanguageModel,
+    tokenized: Sequence[TokenizedConversation],
+    config: FinetuneConfig,
+    out: Path,
+    on_progress: Callable[[FinetuneProgress], None] | None,
+) -> None:
+    device = tuned.device
     parameters = [parameter for parameter in tuned.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay)
     per_epoch = math.ceil(len(tokenized) / config.batch_size)
@@ -104,7 +126,7 @@ def finetune_lora(
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
-    with tuned.active(), (out / "finetune.jsonl").open("w", encoding="utf-8") as log:
+    with tuned.active(), (out / "finetune.jsonl").open("w", encoding="utf-8", buffering=1) as log:
         for step in range(n_steps):
             if step % per_epoch == 0:
                 order = torch.randperm(len(tokenized), generator=generator).tolist()
@@ -112,10 +134,10 @@ def finetune_lora(
             rows = order[first : first + config.batch_size]
             batch = pad([tokenized[row] for row in rows], rows)
             scored = answer_targets(batch)
-            with torch.autocast(lm.device.type, getattr(torch, config.autocast), enabled=config.autocast != "float32"):
-                hidden = final_hidden(tuned, batch.token_ids.to(lm.device), batch.mask.to(lm.device))
+            with torch.autocast(device.type, getattr(torch, config.autocast), enabled=config.autocast != "float32"):
+                hidden = final_hidden(tuned, batch.token_ids.to(device), batch.mask.to(device))
                 targets = batch.token_ids[scored].to(hidden.device)
-                loss = -log_probs(tuned, hidden[:, :-1][scored[:, 1:]], targets).mean()
+                loss = -log_probs(tuned, hidden[:, :-1][scored[:, 1:].to(hidden.device)], targets).mean()
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(f"the loss is not finite at step {step}; lower config.lr")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -126,15 +148,14 @@ def finetune_lora(
             optimizer.zero_grad(set_to_none=True)
             rate = int(batch.mask.sum()) / (time.perf_counter() - started)
             started = time.perf_counter()
-            progress = FinetuneProgress(step + 1, n_steps, float(loss), lr, rate)
+            progress = FinetuneProgress(step + 1, n_steps, float(loss.detach()), lr, rate)
             log.write(json.dumps(dataclasses.asdict(progress)) + "\n")
             if on_progress is not None:
                 on_progress(progress)
 
     for parameter in parameters:
         parameter.requires_grad_(False)
-    _save(tuned, out, config, report, tokenized, name)
-    return tuned
+        parameter.copy_(parameter.to(getattr(torch, config.storage_dtype)))
 
 
 def answer_targets(batch: Batch) -> Bool[Tensor, "row pos"]:
@@ -142,7 +163,9 @@ def answer_targets(batch: Batch) -> Bool[Tensor, "row pos"]:
     answer = (batch.roles & int(Role.RESPONSE)) != 0
     after = torch.zeros_like(answer)
     after[:, 1:] = answer[:, :-1]
-    return (answer | after) & batch.mask
+    wanted = (answer | after) & batch.mask
+    wanted[:, 0] = False  # nothing predicts it
+    return wanted
 
 
 def _check(lm: LanguageModel, tokenized: Sequence[TokenizedConversation], config: FinetuneConfig, name: str) -> None:
@@ -153,8 +176,13 @@ def _check(lm: LanguageModel, tokenized: Sequence[TokenizedConversation], config
             received=f"active {lm.adapter!r}, loaded {', '.join(lm.adapters) or 'none'}",
             remedy="pass lm.base, and another name",
         )
-    if config.batch_size < 1 or config.epochs < 1:
-        raise InputError("config", expected="batch_size and epochs of 1 or more", received=config, remedy="raise them")
+    for field in ("rank", "batch_size", "epochs"):
+        if getattr(config, field) < 1:
+            raise InputError(field, expected="1 or more", received=getattr(config, field), remedy="raise it")
+    for field in ("autocast", "storage_dtype"):
+        if getattr(config, field) not in _DTYPES:
+            received = repr(getattr(config, field))
+            raise InputError(field, expected="one of " + ", ".join(_DTYPES), received=received, remedy="pick one")
     bad = [one.id for one in tokenized if not bool(((one.roles & int(Role.RESPONSE)) != 0).any())]
     if bad or not tokenized:
         raise InputError(
@@ -175,12 +203,15 @@ def _inject(lm: LanguageModel, config: FinetuneConfig, name: str) -> LanguageMod
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    if lm.peft is None:
-        peft = get_peft_model(lm.model, settings, adapter_name=name)
-    else:
-        peft = lm.peft
-        peft.add_adapter(name, settings)
-        peft.set_adapter(name)
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with quiet(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.seed)
+        if lm.peft is None:
+            peft = get_peft_model(lm.model, settings, adapter_name=name)
+        else:
+            peft = lm.peft
+            peft.add_adapter(name, settings)
+            peft.set_adapter(name)
     return dataclasses.replace(lm, peft=peft, adapter=name)
 
 
@@ -192,16 +223,20 @@ def _save(
     tokenized: Sequence[TokenizedConversation],
     name: str,
 ) -> None:
-    from saetools.models.quiet import quiet
+    from safetensors.torch import load_file, save_file
 
+    tuned.peft.peft_config[name].base_model_name_or_path = tuned.name  # not a folder of this machine
     with quiet():
-        tuned.peft.save_pretrained(out, selected_adapters=[name])
+        tuned.peft.save_pretrained(out, selected_adapters=[name], save_embedding_layers=False)
     nested = out / name  # PEFT puts adapters that are not called "default" into a folder of their name
     if nested.is_dir():
         for file in nested.iterdir():
             file.replace(out / file.name)
         nested.rmdir()
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    weights = out / "adapter_model.safetensors"
+    stored = {key: tensor.to(getattr(torch, config.storage_dtype)) for key, tensor in load_file(weights).items()}
+    save_file(stored, weights, metadata={"format": "pt"})
     facts = {
         "base": {"name": tuned.name, **tuned.provenance},
         "config": dataclasses.asdict(config),
