@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from saetools.data.jsonl import decode, jsonl_lines, parse_json
 from saetools.errors import InputError, SaetoolsError
 
 _ROLES = ("system", "user", "assistant")
@@ -20,6 +21,12 @@ class Message:
     role: str
     content: str
 
+    def __post_init__(self) -> None:
+        if self.role not in _ROLES:
+            raise InputError(
+                "role", expected=f"one of {', '.join(_ROLES)}", received=repr(self.role), remedy="pick one"
+            )
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -30,12 +37,20 @@ class Conversation:
         text: a plain text instead.
         id: how results call it.
         source: file or dataset it came from.
+
+    Raises:
+        InputError: unless there are either messages or a text.
     """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     id: str = ""
     source: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.messages) == (self.text is not None):
+            received = "both" if self.messages else "neither"
+            raise InputError("messages", expected="messages or a text", received=received, remedy="give one of them")
 
     @classmethod
     def chat(cls, user: str, assistant: str | None = None, *, system: str | None = None, id: str = "") -> Conversation:
@@ -95,10 +110,10 @@ def read_conversations(
         'Hello.'
     """
     report = report if report is not None else ReadReport()
-    for place, load in _rows(source):
+    for name, place, load in _rows(source):
         report.n_rows += 1
         try:
-            conversation = _parse(load(), place)
+            conversation = _parse(load(), name, place)
         except SaetoolsError as error:
             if not skip_bad:
                 raise
@@ -107,27 +122,35 @@ def read_conversations(
         yield conversation
 
 
-def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Pairs of a place, for error messages, and a function that gives the row or raises."""
-    if not isinstance(source, str | Path):
-        name = getattr(getattr(source, "info", None), "dataset_name", None) or "row"
-        for number, row in enumerate(source):
-            yield f"{name}:{number}", lambda row=row: row
+def _rows(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """The name of the source, the place of a row for error messages, and a function that gives the row or raises."""
+    if isinstance(source, str | Path):
+        yield from _file_rows(Path(source).expanduser())
         return
-    path = Path(source).expanduser()
+    if isinstance(source, Mapping):
+        raise InputError(
+            "source",
+            expected="rows",
+            received=f"a {type(source).__name__} with the keys {', '.join(map(str, source))}",
+            remedy="pass one split of a DatasetDict, or a list of rows",
+        )
+    name = getattr(getattr(source, "info", None), "dataset_name", None) or "row"
+    for number, row in enumerate(source):
+        yield name, f"{name}:{number}", partial(_same, row)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     if not path.is_file():
         raise InputError("source", expected="a file that exists", received=str(path), remedy="check the path")
     match path.suffix:
         case ".jsonl":
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        place = f"{path.name}:{number}"
-                        yield place, lambda line=line, place=place: _parse_json(line, place)
+            for place, line in jsonl_lines(path):
+                yield path.name, place, partial(parse_json, line, place)
         case ".parquet":
-            yield from _parquet_rows(path)
+            for number, row in enumerate(_parquet_rows(path), start=1):
+                yield path.name, f"{path.name}:{number}", partial(_same, row)
         case ".txt":
-            yield path.name, lambda: {"text": _decode(path.read_bytes(), path.name)}
+            yield path.name, path.name, lambda: {"text": decode(path.read_bytes(), path.name)}
         case suffix:
             raise InputError(
                 "source",
@@ -137,52 +160,38 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[st
             )
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import polars as pl
+def _same(row: Any) -> Any:
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        n_rows = pl.scan_parquet(path).select(pl.len()).collect().item()
-    except pl.exceptions.PolarsError as error:
-        raise InputError(
-            "source", expected="a readable Parquet file", received=f"{path.name} ({error})", remedy="write it again"
-        ) from error
-    for start in range(0, n_rows, 1024):
-        for offset, row in enumerate(pl.scan_parquet(path).slice(start, 1024).collect().iter_rows(named=True)):
-            yield f"{path.name}:{start + offset + 1}", lambda row=row: row
+        for batch in pq.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(path.name, expected="a Parquet file", received=str(error), remedy="write it again") from error
 
 
-def _decode(raw: bytes, place: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            place, expected="UTF-8 text", received=str(error), remedy="convert the file to UTF-8"
-        ) from error
-
-
-def _parse_json(line: bytes, place: str) -> Any:
-    try:
-        return json.loads(_decode(line, place))
-    except json.JSONDecodeError as error:
-        raise InputError(place, expected="one JSON object", received=str(error), remedy="mend the line") from error
-
-
-def _parse(row: Any, place: str) -> Conversation:
+def _parse(row: Any, source: str, place: str) -> Conversation:
+    row = _plain(row)
     if not isinstance(row, Mapping):
         raise InputError(place, expected="a JSON object", received=type(row).__name__, remedy="mend the row")
-    source = place.rsplit(":", 1)[0]
-    identifier = str(row.get("id") or place)
-    if isinstance(row.get("messages"), Sequence) and not isinstance(row["messages"], str):
-        return Conversation(_parse_messages(row["messages"], place), id=identifier, source=source)
-    if isinstance(row.get("prompt"), str):
-        turns = [{"role": "user", "content": row["prompt"]}]
-        if row.get("response") is not None:
-            turns.append({"role": "assistant", "content": row["response"]})
+    identifier = place if row.get("id") in (None, "") else str(row["id"])
+    if (turns := _plain(row.get("messages"))) is not None:
         return Conversation(_parse_messages(turns, place), id=identifier, source=source)
-    if isinstance(row.get("text"), str):
-        if not row["text"].strip():
-            raise InputError(place, expected="a text", received="an empty one", remedy="drop the row, or set skip_bad")
-        return Conversation(text=row["text"], id=identifier, source=source)
+    if (prompt := _plain(row.get("prompt"))) is not None:
+        turns = [{"role": "user", "content": prompt}]
+        if (response := _plain(row.get("response"))) is not None:
+            turns.append({"role": "assistant", "content": response})
+        return Conversation(_parse_messages(turns, place), id=identifier, source=source)
+    if (text := _plain(row.get("text"))) is not None:
+        if not isinstance(text, str) or not text.strip():
+            received = "an empty one" if isinstance(text, str) else type(text).__name__
+            raise InputError(place, expected="a text", received=received, remedy="drop the row, or set skip_bad")
+        return Conversation(text=_encodable(text, place), id=identifier, source=source)
     raise InputError(
         place,
         expected="`messages`, `prompt` or `text`",
@@ -191,11 +200,16 @@ def _parse(row: Any, place: str) -> Conversation:
     )
 
 
-def _parse_messages(turns: Sequence[Any], place: str) -> tuple[Message, ...]:
+def _parse_messages(turns: Any, place: str) -> tuple[Message, ...]:
+    if isinstance(turns, Mapping):  # a list of structs, as `datasets` gives a Sequence feature: a struct of lists
+        columns = [_plain(turns.get(key)) for key in ("role", "content")]
+        if all(isinstance(column, list | tuple) for column in columns) and len(columns[0]) == len(columns[1]):
+            turns = [{"role": role, "content": content} for role, content in zip(*columns, strict=True)]
+    if not isinstance(turns, list | tuple):
+        raise InputError(place, expected="a list of turns", received=type(turns).__name__, remedy="mend the row")
     messages = []
-    for number, turn in enumerate(turns):
-        role = turn.get("role") if isinstance(turn, Mapping) else None
-        content = turn.get("content") if isinstance(turn, Mapping) else None
+    for number, turn in enumerate(map(_plain, turns)):
+        role, content = (_plain(turn.get(key)) if isinstance(turn, Mapping) else None for key in ("role", "content"))
         if role not in _ROLES or not isinstance(content, str):
             raise InputError(
                 place,
@@ -207,9 +221,25 @@ def _parse_messages(turns: Sequence[Any], place: str) -> tuple[Message, ...]:
             raise InputError(
                 place, expected="a system turn only at the start", received=f"one at turn {number}", remedy="move it"
             )
-        messages.append(Message(role, content))
+        messages.append(Message(role, _encodable(content, place)))
     if not any(message.content.strip() for message in messages if message.role != "system"):
         raise InputError(
             place, expected="at least one turn with content", received="none", remedy="drop the row, or set skip_bad"
         )
     return tuple(messages)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own types for an Arrow or NumPy value."""
+    for convert in ("as_py", "tolist"):
+        if hasattr(value, convert):
+            return getattr(value, convert)()
+    return value
+
+
+def _encodable(text: str, place: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(place, expected="Unicode text", received=str(error), remedy="mend the escapes") from error
+    return text

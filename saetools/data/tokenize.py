@@ -1,33 +1,22 @@
-"""From conversations to token ids, each with its role, and to padded batches.
-
-Roles are exact or an error. The chat template is rendered twice: with the contents as they are, and with placeholders.
-The second rendering tells where the template puts each content; filling the contents in must give the first, letter by
-letter. Only then are characters, and through the tokenizer's offsets tokens, given roles.
-"""
+"""From conversations to token ids, each with its role, and to padded batches."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-from saetools.data.conversation import Conversation, Message
+from saetools.data.conversation import Conversation
 from saetools.data.roles import Role
+from saetools.data.template import ChatTemplate, ChatText, added_prefix, inexact
 from saetools.errors import InputError
 
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] + '\\n\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
-"""A template for base models that come without one: `load_model(..., chat_template=PLAIN_CHAT_TEMPLATE)`."""
-
-_PLACEHOLDER = "\ue000{}\ue001"  # private-use characters: no template and hardly any text holds them
-_PLACEHOLDERS = re.compile("\ue000(\\d+)\ue001")
+_CHUNK_CHARACTERS = 200_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,14 @@ class TokenizeReport:
     n_tokens_cut: int = 0
     sources: dict[str, int] = field(default_factory=dict)
     """Tokens per source."""
+
+    def count(self, piece: TokenizedConversation, n_cut: int) -> None:
+        """Count a conversation, or a stretch of a text, that lost `n_cut` tokens."""
+        self.n_conversations += 1
+        self.n_tokens += len(piece)
+        self.n_truncated += n_cut > 0
+        self.n_tokens_cut += n_cut
+        self.sources[piece.source] = self.sources.get(piece.source, 0) + len(piece)
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,8 @@ def tokenize(
     Args:
         conversations: what to tokenise, one by one.
         tokenizer: a fast Hugging Face tokenizer.
-        max_tokens: longer ones are cut on the right; the report counts what was cut.
+        max_tokens: longer ones are cut on the right, and the report counts what was cut; with `add_generation_prompt`,
+            where a cut would take away what opens the answer, they are an error.
         split_texts: give long plain texts as several stretches of `max_tokens` instead of cutting them; each starts
             with the tokenizer's BOS token, if it adds one.
         add_generation_prompt: end with the tokens that open the assistant's turn (for conversations that end with
@@ -98,8 +96,8 @@ def tokenize(
         report: filled with counts while reading.
 
     Raises:
-        InputError: if the tokenizer has no chat template or no offsets, or if a template changes the contents so that
-            roles cannot be found exactly.
+        InputError: if the tokenizer has no chat template or no offsets, if a template refuses the turns, or changes
+            them so that roles cannot be found exactly.
     """
     report = report if report is not None else TokenizeReport()
     if not getattr(tokenizer, "is_fast", False):
@@ -109,33 +107,37 @@ def tokenize(
             received=type(tokenizer).__name__,
             remedy="load it with use_fast=True",
         )
-    for conversation in conversations:
-        if conversation.text is not None:
-            pieces = _tokenize_text(conversation, tokenizer, max_tokens if split_texts else None)
-        else:
-            pieces = [_tokenize_chat(conversation, tokenizer, add_generation_prompt)]
-        for piece in pieces:
-            if max_tokens is not None and len(piece) > max_tokens:
-                report.n_truncated += 1
-                report.n_tokens_cut += len(piece) - max_tokens
-                piece = TokenizedConversation(
-                    piece.token_ids[:max_tokens], piece.roles[:max_tokens], piece.id, piece.source
+    prefix = added_prefix(tokenizer)
+    if split_texts if max_tokens is None else max_tokens <= len(prefix):
+        raise InputError(
+            "max_tokens",
+            expected=f"more than {len(prefix)} tokens" if max_tokens is not None else "a length to split texts at",
+            received=max_tokens,
+            remedy="give the length of a context",
+        )
+    template: ChatTemplate | None = None
+    for chunk in _chunks(conversations):
+        if template is None and any(conversation.text is None for conversation in chunk):
+            template = ChatTemplate(tokenizer)
+        chats = [
+            None
+            if template is None or conversation.text is not None
+            else template.read(conversation, generation=add_generation_prompt)
+            for conversation in chunk
+        ]
+        for piece in _encode(chunk, chats, tokenizer, prefix, max_tokens if split_texts else None):
+            n_cut = max(0, len(piece) - max_tokens) if max_tokens is not None else 0
+            if n_cut and add_generation_prompt:
+                raise InputError(
+                    "conversations",
+                    expected=f"prompts of at most max_tokens={max_tokens}",
+                    received=f"{piece.id or 'one'} with {len(piece)}",
+                    remedy="shorten it, or raise max_tokens",
                 )
-            report.n_conversations += 1
-            report.n_tokens += len(piece)
-            report.sources[piece.source] = report.sources.get(piece.source, 0) + len(piece)
+            if n_cut:
+                piece = replace(piece, token_ids=piece.token_ids[:max_tokens], roles=piece.roles[:max_tokens])
+            report.count(piece, n_cut)
             yield piece
-
-
-def render(conversation: Conversation, tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
-    """The text that a chat template makes of a conversation.
-
-    A template that knows no system role gets the system content at the head of the first user turn.
-
-    Raises:
-        InputError: if there is no template.
-    """
-    return _render(list(_foldable(conversation.messages, tokenizer)), tokenizer, add_generation_prompt)
 
 
 def make_batches(
@@ -176,129 +178,76 @@ def pad(
     return Batch(token_ids, roles != 0, roles, tuple(rows))
 
 
-def _tokenize_text(conversation: Conversation, tokenizer: Any, stretch: int | None) -> Iterator[TokenizedConversation]:
-    ids = tokenizer(conversation.text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = _added_prefix(tokenizer)
+def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """Enough text to keep all cores of the tokenizer busy, little enough to stream."""
+    chunk: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        chunk.append(conversation)
+        size += 100 + len(conversation.text or "") + sum(len(message.content) for message in conversation.messages)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode(
+    chunk: Sequence[Conversation],
+    chats: Sequence[ChatText | None],
+    tokenizer: Any,
+    prefix: list[int],
+    stretch: int | None,
+) -> Iterator[TokenizedConversation]:
+    """Encode chats and texts together, which lets the tokenizer use all cores."""
+    texts = [chat.text if chat else conversation.text for chat, conversation in zip(chats, chunk, strict=True)]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    for row, (conversation, chat) in enumerate(zip(chunk, chats, strict=True)):
+        ids = encoded["input_ids"][row]
+        if not ids:
+            name = conversation.id or "one without"
+            raise InputError("conversations", expected="text that has tokens", received=name, remedy="drop it")
+        if chat is None:
+            yield from _text_pieces(conversation, ids, prefix, stretch)
+        else:
+            roles = torch.from_numpy(_token_roles(conversation, chat, encoded.encodings[row].offsets))
+            yield TokenizedConversation(torch.tensor(ids), roles, conversation.id, conversation.source)
+
+
+def _text_pieces(
+    conversation: Conversation, ids: list[int], prefix: list[int], stretch: int | None
+) -> Iterator[TokenizedConversation]:
     room = len(ids) if stretch is None else stretch - len(prefix)
-    for start in range(0, len(ids), max(room, 1)):
+    for start in range(0, len(ids), room):
         body = ids[start : start + room]
-        roles = [int(Role.TEMPLATE)] * len(prefix) + [int(Role.PROMPT)] * len(body)
-        name = conversation.id if stretch is None or len(ids) <= room else f"{conversation.id}@{start}"
-        yield TokenizedConversation(
-            torch.tensor(prefix + body), torch.tensor(roles, dtype=torch.uint8), name, conversation.source
-        )
+        roles = np.repeat(np.array([Role.TEMPLATE, Role.PROMPT], dtype=np.uint8), [len(prefix), len(body)])
+        name = conversation.id if len(ids) <= room else f"{conversation.id}@{start}"
+        yield TokenizedConversation(torch.tensor(prefix + body), torch.from_numpy(roles), name, conversation.source)
 
 
-def _added_prefix(tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer("a")["input_ids"]
-    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return ids[: len(ids) - len(bare)] if ids[-len(bare) :] == bare else ids[: ids.index(bare[0])]
+def _token_roles(
+    conversation: Conversation, chat: ChatText, offsets: Sequence[tuple[int, int]]
+) -> UInt8[np.ndarray, " token"]:
+    """The role of each token's characters.
 
-
-def _tokenize_chat(conversation: Conversation, tokenizer: Any, generation: bool) -> TokenizedConversation:
-    messages = list(_foldable(conversation.messages, tokenizer))
-    text = _render(messages, tokenizer, generation)
-    spans = _content_spans(text, messages, tokenizer, generation, conversation.id)
-    marks = [int(Role.TEMPLATE)] * len(text)
-    for message, (start, end) in zip(messages, spans, strict=True):
-        role = Role.RESPONSE if message.role == "assistant" else Role.PROMPT
-        marks[start:end] = [int(role)] * (end - start)
-    answer = len(text) if generation else spans[-1][0] if messages[-1].role == "assistant" else None
-    if answer is not None:
-        before = messages if generation else messages[:-1]
-        opening = len(_render(before, tokenizer, False)) if before else 0
-        if before and not text.startswith(_render(before, tokenizer, False)):
-            raise _inexact(conversation.id, "the template renders earlier turns differently once an answer follows")
-        marks[opening:answer] = [int(Role.HEADER)] * (answer - opening)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    roles = [_token_role(text, marks, start, end, conversation.id) for start, end in encoded["offset_mapping"]]
-    first = next(
-        (i for i, (start, _) in enumerate(encoded["offset_mapping"]) if answer is not None and start >= answer), None
-    )
-    if answer is not None and (first is None or first > 0):
-        roles[(len(roles) if first is None else first) - 1] |= int(Role.LAST_PROMPT)
-    return TokenizedConversation(
-        torch.tensor(encoded["input_ids"], dtype=torch.long),
-        torch.tensor(roles, dtype=torch.uint8),
-        conversation.id,
-        conversation.source,
-    )
-
-
-def _token_role(text: str, marks: Sequence[int], start: int, end: int, identifier: str) -> int:
-    seen = set(marks[start:end])
-    if len(seen) > 1:  # white space may merge with a neighbour; the token belongs to what is not white space
-        seen = {mark for mark, letter in zip(marks[start:end], text[start:end], strict=True) if not letter.isspace()}
-    if len(seen) > 1:
-        raise _inexact(identifier, f"the token {text[start:end]!r} holds content and template at once")
-    return seen.pop() if seen else marks[min(start, len(marks) - 1)]
-
-
-def _content_spans(
-    text: str, messages: Sequence[Message], tokenizer: Any, generation: bool, identifier: str
-) -> list[tuple[int, int]]:
-    marked = [Message(message.role, _PLACEHOLDER.format(i)) for i, message in enumerate(messages)]
-    frame = _PLACEHOLDERS.split(_render(marked, tokenizer, generation))
-    if [int(number) for number in frame[1::2]] == list(range(len(messages))):
-        for strip in (False, True):  # templates either keep the white space around a content or trim it
-            spans, filled = [], frame[0]
-            for message, after in zip(messages, frame[2::2], strict=True):
-                content = message.content.strip() if strip else message.content
-                spans.append((len(filled), len(filled) + len(content)))
-                filled += content + after
-            if filled == text:
-                return spans
-    # A template that rewrites contents (say, cuts thoughts out of earlier turns): each must still occur exactly once.
-    spans, searched = [], 0
-    for message in messages:
-        content = message.content.strip()
-        if not content or text.count(content) != 1 or text.find(content, searched) < 0:
-            raise _inexact(identifier, f"the template changes or repeats the content {message.content[:60]!r}")
-        searched = text.find(content) + len(content)
-        spans.append((searched - len(content), searched))
-    return spans
-
-
-def _foldable(messages: Sequence[Message], tokenizer: Any) -> Sequence[Message]:
-    if len(messages) < 2 or messages[0].role != "system":
-        return messages
-    try:
-        _render(messages[:2], tokenizer, False)
-    except InputError as error:
-        if "no chat template" in str(error):
-            raise
-        folded = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
-        return (folded, *messages[2:])
-    return messages
-
-
-def _render(messages: Sequence[Message], tokenizer: Any, generation: bool) -> str:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise InputError(
-            "tokenizer",
-            expected="a chat template",
-            received="no chat template, as base models have none",
-            remedy="load the model with chat_template=PLAIN_CHAT_TEMPLATE or one of your own",
-        )
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
-    except TemplateError as error:
-        raise InputError(
-            "messages",
-            expected="turns that the chat template accepts",
-            received=f"roles {', '.join(message.role for message in messages)} ({error})",
-            remedy="change the turns or the template",
-        ) from error
-    return text
-
-
-def _inexact(identifier: str, why: str) -> InputError:
-    return InputError(
-        "conversations",
-        expected="a chat template from which token roles can be found exactly",
-        received=f"{identifier or 'a conversation'}: {why}",
-        remedy="change the conversation, or load the model with another chat_template",
-    )
+    White space may merge with a neighbour: a token that holds characters of several roles has the role of those that
+    are not white space and, if all are, of the first.
+    """
+    starts, ends = np.array(offsets, dtype=np.int64).T
+    # Offsets may leave spaces out, but a token starts where the last one ended.
+    starts = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]))
+    roles: UInt8[np.ndarray, " token"] = chat.roles[np.minimum(starts, len(chat.text) - 1)]
+    changes = np.flatnonzero(np.diff(chat.roles)) + 1
+    mixed = np.searchsorted(changes, starts, "right") < np.searchsorted(changes, ends, "left")
+    for token in np.flatnonzero(mixed):
+        span = slice(starts[token], ends[token])
+        seen = {role for role, letter in zip(chat.roles[span], chat.text[span], strict=True) if not letter.isspace()}
+        if len(seen) > 1:
+            raise inexact(conversation, f"the token {chat.text[span]!r} holds characters of several roles")
+        roles[token] = seen.pop() if seen else roles[token]
+    if chat.answer is not None:
+        response = np.flatnonzero((roles == Role.RESPONSE) & (ends > chat.answer))
+        n_before = response[0] if len(response) else np.count_nonzero(starts < chat.answer)
+        if n_before:
+            roles[n_before - 1] |= int(Role.LAST_PROMPT)
+    return roles
