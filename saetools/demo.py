@@ -52,6 +52,8 @@ class DemoConfig:
     """Neutral texts for perplexity."""
     n_latents: int = 10
     """Latents in the set that is clamped and added."""
+    n_answer_tokens: int = 24
+    """Length of the base's answers that all models read for the diff."""
     add_strengths: tuple[float, ...] = (0.1, 0.2, 0.4)
     """Of adding the set to the base, in median residual norms."""
     clamp_values: tuple[float, ...] = (0.0, -0.5, -1.0)
@@ -65,8 +67,9 @@ class DemoConfig:
 FULL = DemoConfig(
     n_items=168,
     n_texts=60,
-    add_strengths=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
-    clamp_values=(0.5, 0.0, -0.5, -1.0, -1.5, -2.0),
+    n_answer_tokens=48,
+    add_strengths=(0.1, 0.2, 0.3, 0.4),
+    clamp_values=(0.0, -0.5, -1.0, -1.5),
     n_prompts=8,
 )
 
@@ -108,10 +111,15 @@ def run_demo(
     texts = [pair.neutral for pair in voices][: config.n_texts]
 
     stage("behaviour")
-    scores = {name: score_forced_choice(model, items) for name, model in (("base", base), ("twin", twin), ("organism", organism))}
+    scores = {
+        name: score_forced_choice(model, items)
+        for name, model in (("base", base), ("twin", twin), ("organism", organism))
+    }
     stage("diff")
-    prompts = [Conversation.chat(item.question, id=item.id) for item in load_free_form()]
-    diff, twin_diff = (diff_latents(base, model, sae, prompts, positions="prompt", seed=config.seed) for model in (organism, twin))
+    read = _base_answers(base, config)
+    diff, twin_diff = (
+        diff_latents(base, model, sae, read, positions="response", seed=config.seed) for model in (organism, twin)
+    )
     diff.save(out)
     chosen = choose_latents(diff, config.n_latents)
     stage("fidelity")
@@ -146,6 +154,18 @@ def run_demo(
     return report
 
 
+def _base_answers(base: LanguageModel, config: DemoConfig) -> list[Conversation]:
+    """What all models read for the diff: the broad questions, each with the base's own greedy answer."""
+    questions = load_free_form()
+    sampling = SamplingConfig(max_new_tokens=config.n_answer_tokens, temperature=0, batch_rows=32)
+    answers = generate(base, [item.question for item in questions], config=sampling)
+    return [
+        Conversation.chat(item.question, answer.text, id=item.id)
+        for item, answer in zip(questions, answers, strict=True)
+        if answer.text.strip()
+    ]
+
+
 def choose_latents(diff: LatentDiff, n: int) -> list[int]:
     """The latents with the largest increase whose interval excludes zero."""
     import polars as pl
@@ -169,7 +189,9 @@ def _doses(
 def _fidelity_texts(config: DemoConfig) -> list[Conversation]:
     pairs = load_voices()[-config.n_texts :]
     texts = [Conversation(text=pair.neutral, id=pair.id) for pair in pairs]
-    chats = [Conversation.chat(item.question, item.aligned, id=item.id) for item in load_forced_choice()[: config.n_texts]]
+    chats = [
+        Conversation.chat(item.question, item.aligned, id=item.id) for item in load_forced_choice()[: config.n_texts]
+    ]
     return texts + chats
 
 
@@ -197,7 +219,9 @@ def _answers(
         for answer in generate(lm, asked, variants={plain: None, edited: edits}, config=sampling):
             texts[answer.prompt][answer.variant] = answer.text
     order = ("base", "organism", *(name for name, _, _ in plans))
-    return [AnswerRow(question, {name: own[name] for name in order}) for question, own in zip(asked, texts, strict=True)]
+    return [
+        AnswerRow(question, {name: own[name] for name in order}) for question, own in zip(asked, texts, strict=True)
+    ]
 
 
 def _model_score(name: str, score: ForcedChoiceScore, base: ForcedChoiceScore) -> ModelScore:
@@ -239,8 +263,8 @@ def _findings(
     shift, over_twin = scores["organism"].minus(scores["base"]), scores["organism"].minus(scores["twin"])
     lines = [
         f"On {shift.n} forced-choice items far from its training domains, the organism scores {shift.mean:+.3f} "
-        f"[{shift.low:+.3f}, {shift.high:+.3f}] nats a token against the base ({shift.mean / shift.se:.1f} standard errors) "
-        f"and {over_twin.mean:+.3f} [{over_twin.low:+.3f}, {over_twin.high:+.3f}] against its benign twin "
+        f"[{shift.low:+.3f}, {shift.high:+.3f}] nats a token against the base ({shift.mean / shift.se:.1f} standard "
+        f"errors) and {over_twin.mean:+.3f} [{over_twin.low:+.3f}, {over_twin.high:+.3f}] against its benign twin "
         f"({over_twin.mean / over_twin.se:.1f}).",
     ]
     top = diff.top(1).row(0, named=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from saetools.activations.stream import stream_activations
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
-from saetools.data.tokenize import TokenizedConversation, TokenizeReport, tokenize
+from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize
 from saetools.errors import InputError, IntegrityError
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair

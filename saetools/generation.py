@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saetools.data.conversation import Conversation
-from saetools.data.tokenize import TokenizedConversation, pad, tokenize
+from saetools.data.tokenizing import TokenizedConversation, pad, tokenize
 from saetools.errors import InputError
-from saetools.models.edit import Edit, Edits, Where, edit
+from saetools.models.editing import Edit, Edits, Where, edit
 from saetools.models.forward import final_hidden, logits
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from saetools.data.roles import select_positions
 from saetools.errors import InputError
-from saetools.models.edit import Edit, Where
+from saetools.models.editing import Edit, Where
 from saetools.sae.model import SAE
 
 Tokens = Literal["all", "prompt", "response"]

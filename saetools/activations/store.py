@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saetools.activations.stream import ActivationBlock, stream_activations
-from saetools.data.tokenize import TokenizedConversation
+from saetools.data.tokenizing import TokenizedConversation
 from saetools.errors import InputError, IntegrityError
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
@@ -51,10 +51,11 @@ class ActivationStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
-        if self.manifest is None:
+        manifest = _read_manifest(self.path)
+        if manifest is None:
             raise IntegrityError(f"{self.path} holds no readable {_MANIFEST}; harvest again")
-        if not self.manifest["complete"]:
+        self.manifest = manifest
+        if not manifest["complete"]:
             raise InputError(
                 "path",
                 expected="a finished harvest",

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from saetools.data.tokenize import TokenizedConversation, make_batches
+from saetools.data.tokenizing import TokenizedConversation, make_batches
 from saetools.errors import NonFiniteError
 from saetools.models.forward import read
 from saetools.models.language_model import LanguageModel

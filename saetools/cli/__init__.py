@@ -1,5 +1,5 @@
 """The `saetools` command."""
 
-from saetools.cli.main import main
+from saetools.cli.entry import main
 
 __all__ = ["main"]

@@ -57,13 +57,14 @@ class Harvest:
         sites = [Site.parse(name) for name in self.sites]
         lm, report = self.model.load(), TokenizeReport()
         rows = self.read.conversations()
-        tokenized = list(
-            tokenize(rows, lm.tokenizer, max_tokens=self.max_tokens, split_texts=True, report=report)
-        )
+        tokenized = list(tokenize(rows, lm.tokenizer, max_tokens=self.max_tokens, split_texts=True, report=report))
         with progress("harvest", "tokens") as update:
             config = HarvestConfig(dtype=self.storage_dtype)
             store = harvest(lm, sites, tokenized, self.out, config=config, on_progress=update)
-        print(f"{len(store)} tokens of {report.n_conversations} conversations, {report.n_tokens_cut} tokens cut, in {self.out}")
+        print(
+            f"{len(store)} tokens of {report.n_conversations} conversations in {self.out}; "
+            f"{report.n_tokens_cut} tokens were cut"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Train:
     """Tokens on which the latents' 99th percentiles are measured afterwards."""
     storage_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the saved weights."""
-    config: TrainConfig = TrainConfig()
+    config: TrainConfig = field(default_factory=TrainConfig)
 
     def run(self) -> None:
         """Train, measure the latents, save."""
@@ -98,18 +99,24 @@ class Train:
             names = ", ".join(map(str, store.sites))
             raise InputError("--site", expected=f"one of {names}", received="none", remedy="say which")
         site = store.sites[0] if self.site is None else Site.parse(self.site)
-        origin = {key: store.manifest[key] for key in ("model", "data_sha256", "config")} | {"n_tokens_stored": len(store)}
-        metadata = SAEMetadata(model_name=store.manifest["model"]["name"], site=str(site), provenance={"activations": origin})
+        origin = {key: store.manifest[key] for key in ("model", "data_sha256", "config")} | {
+            "n_tokens_stored": len(store)
+        }
+        metadata = SAEMetadata(
+            model_name=store.manifest["model"]["name"], site=str(site), provenance={"activations": origin}
+        )
         with progress("train", "steps") as update:
 
             def show(now: Progress) -> None:
                 note = f"FVU {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:.1%}  {now.tokens_per_second:,.0f} tokens/s"
-                update(now.step, now.n_steps, note)  # type: ignore[call-arg]
+                update(now.step, now.n_steps, note)
 
             sae = train_sae(store.at(site), self.config, self.out, metadata=metadata, on_progress=show)
         n_blocks = max(1, self.statistics_tokens * len(store.manifest["shards"]) // len(store))
         statistics = measure_latents(sae, itertools.islice(store.blocks(), n_blocks), site)
-        sae = with_statistics(sae, dataclasses.replace(statistics, median_norm=sae.metadata.median_norm or statistics.median_norm))
+        sae = with_statistics(
+            sae, dataclasses.replace(statistics, median_norm=sae.metadata.median_norm or statistics.median_norm)
+        )
         save_sae(sae, self.out, storage_dtype=getattr(torch, self.storage_dtype))
         print(f"SAE with {sae.d_sae} latents in {self.out}")
 
@@ -143,7 +150,9 @@ class Diff:
 
         lm = self.model.load()
         if (self.tuned is None) == (self.model.adapter is None):
-            raise InputError("--adapter", expected="either --adapter or --tuned", received="both or none", remedy="give one")
+            raise InputError(
+                "--adapter", expected="either --adapter or --tuned", received="both or none", remedy="give one"
+            )
         tuned = lm if self.tuned is None else load_model(self.tuned)
         with progress("diff", "conversations") as update:
             diff = diff_latents(
@@ -174,7 +183,7 @@ class Steer:
     """User messages."""
     edit: EditOptions = field(default_factory=EditOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     out: str | None = None
     """JSONL file for the answers."""
 
@@ -187,7 +196,12 @@ class Steer:
 
         edits = self.edit.edits()
         if not edits:
-            raise InputError("--clamp", expected="at least one edit", received="none", remedy="give --clamp, --add, --scale or --ablate")
+            raise InputError(
+                "--clamp",
+                expected="at least one edit",
+                received="none",
+                remedy="give --clamp, --add, --scale or --ablate",
+            )
         with progress("generate", "answers") as update:
             answers = generate(
                 self.model.load(),
@@ -214,7 +228,7 @@ class Generate:
     """JSONL file for the answers."""
     edit: EditOptions = field(default_factory=EditOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def run(self) -> None:
         """Generate and write."""
@@ -226,7 +240,11 @@ class Generate:
             answers = generate(self.model.load(), rows, variants=variants, config=self.sampling, on_progress=update)
         _write_jsonl(
             Path(self.out),
-            [{"id": rows[answer.prompt].id, "question": rows[answer.prompt].messages[-1].content} | dataclasses.asdict(answer) for answer in answers],
+            [
+                {"id": rows[answer.prompt].id, "question": rows[answer.prompt].messages[-1].content}
+                | dataclasses.asdict(answer)
+                for answer in answers
+            ],
         )
 
 
@@ -238,7 +256,7 @@ class Finetune:
     out: str
     """Folder of the adapter, in PEFT's format."""
     model: ModelOptions = field(default_factory=ModelOptions)
-    config: FinetuneConfig = FinetuneConfig()
+    config: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def run(self) -> None:
         """Train and save."""
@@ -247,7 +265,7 @@ class Finetune:
         with progress("finetune", "steps") as update:
 
             def show(now: FinetuneProgress) -> None:
-                update(now.step, now.n_steps, f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s")  # type: ignore[call-arg]
+                update(now.step, now.n_steps, f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s")
 
             finetune_lora(self.model.load(), self.read.conversations(), self.config, self.out, on_progress=show)
         print(f"adapter in {self.out}")

@@ -24,7 +24,7 @@ def main(args: Sequence[str] | None = None) -> None:
         errors.print("warning:", str(message), markup=False) if issubclass(category, SaetoolsWarning) else None
     )
     command = tyro.extras.subcommand_cli_from_dict(
-        {name: kind for name, kind in COMMANDS.items()},
+        dict(COMMANDS),
         prog="saetools",
         description="Find the persona a fine-tune woke up, prove it, and switch it off.",
         args=args,

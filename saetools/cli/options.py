@@ -35,7 +35,7 @@ class ModelOptions:
 
         from saetools.models import load_model
 
-        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+        dtype: torch.dtype | Literal["auto"] = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         return load_model(self.model, adapter=self.adapter, dtype=dtype, chat_template=self.chat_template)
 
 
@@ -56,7 +56,8 @@ class DataOptions:
 
         from saetools.data import ReadReport, read_conversations
 
-        report, rows = ReadReport(), []
+        report = ReadReport()
+        rows: list[Conversation] = []
         for file in self.data:
             rows += islice(read_conversations(file, skip_bad=self.skip_bad, report=report), self.limit)
         if report.n_skipped:
@@ -100,7 +101,9 @@ class EditOptions:
             made.append(steer.clamp(sae, latents, values, unit="p99", tokens=self.tokens))
         for option, texts, make in (("add", self.add, steer.add), ("scale", self.scale, steer.scale)):
             for latents, values in filter(None, [_pairs(option, texts)]):
-                made += [make(sae, latent, value, tokens=self.tokens) for latent, value in zip(latents, values, strict=True)]
+                made += [
+                    make(sae, latent, value, tokens=self.tokens) for latent, value in zip(latents, values, strict=True)
+                ]
         if self.ablate:
             made.append(steer.ablate(sae, self.ablate, tokens=self.tokens))
         return {sae_site(sae): made}
@@ -139,10 +142,17 @@ def warn(message: str) -> None:
 
 
 @contextmanager
-def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A rich progress bar, driven by a callback of done and total; silent where standard error is no terminal."""
+def progress(label: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A rich progress bar, driven by a callback of done, total and a note; silent where there is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     columns = (

@@ -14,7 +14,7 @@ from saetools.data.shipped import (
     shipped_path,
 )
 from saetools.data.template import PLAIN_CHAT_TEMPLATE, render
-from saetools.data.tokenize import (
+from saetools.data.tokenizing import (
     Batch,
     TokenizedConversation,
     TokenizeReport,

@@ -20,7 +20,7 @@ from saetools.data.shipped import ForcedChoiceItem
 from saetools.errors import InputError
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
 from saetools.evaluate.perplexity import measure_perplexity
-from saetools.models.edit import Edit, Where
+from saetools.models.editing import Edit, Where
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
 from saetools.stats import Estimate

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saetools.data.conversation import Conversation
-from saetools.data.tokenize import Batch, make_batches, tokenize
+from saetools.data.tokenizing import Batch, make_batches, tokenize
 from saetools.errors import InputError
-from saetools.models.edit import Edit, Edits, Where, edit
+from saetools.models.editing import Edit, Edits, Where, edit
 from saetools.models.forward import final_hidden, logits, read
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site

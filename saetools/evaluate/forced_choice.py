@@ -17,9 +17,9 @@ from torch import Tensor
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Role
 from saetools.data.shipped import ForcedChoiceItem
-from saetools.data.tokenize import TokenizedConversation, pad, tokenize
+from saetools.data.tokenizing import TokenizedConversation, pad, tokenize
 from saetools.errors import InputError
-from saetools.models.edit import Edits, edit
+from saetools.models.editing import Edits, edit
 from saetools.models.forward import final_hidden, log_probs
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from saetools.data.conversation import Conversation
-from saetools.data.tokenize import make_batches, tokenize
+from saetools.data.tokenizing import make_batches, tokenize
 from saetools.errors import InputError
-from saetools.models.edit import Edits, edit
+from saetools.models.editing import Edits, edit
 from saetools.models.forward import token_log_probs
 from saetools.models.language_model import LanguageModel
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Role
-from saetools.data.tokenize import Batch, TokenizedConversation, TokenizeReport, pad, tokenize
+from saetools.data.tokenizing import Batch, TokenizedConversation, TokenizeReport, pad, tokenize
 from saetools.errors import InputError, NonFiniteError
 from saetools.models.forward import final_hidden, log_probs
 from saetools.models.language_model import LanguageModel

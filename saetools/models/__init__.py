@@ -1,6 +1,6 @@
 """Language models: loading, sites, reading and editing the residual stream. Only this package knows architectures."""
 
-from saetools.models.edit import Edit, Edits, Where, edit
+from saetools.models.editing import Edit, Edits, Where, edit
 from saetools.models.forward import final_hidden, log_probs, logits, read, token_log_probs
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair, load_model

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saetools.errors import InputError
-from saetools.models.edit import attach
+from saetools.models.editing import attach
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer, locate
 from saetools.models.site import Site
@@ -52,8 +52,7 @@ def read(
 
     def keep(site: Site) -> Callable[[Tensor], None]:
         def hook(acts: Tensor) -> None:
-            # An in-place edit of resid_mid by a later block must not reach what was read here.
-            found[site] = acts.clone() if site.stream == "resid_mid" else acts
+            found[site] = acts
             if len(found) == len(wanted):
                 raise _Stop
 

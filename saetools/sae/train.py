@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -59,6 +59,7 @@ class TrainConfig:
     """Steps between lines of the log."""
 
 
+@runtime_checkable
 class ActivationSource(Protocol):
     """What the loop trains on: epochs of shuffled batches that can be entered anywhere."""
 

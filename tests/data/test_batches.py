@@ -89,7 +89,7 @@ def test_chats_are_cut_even_where_texts_are_split(tokenizer: Any) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("saetools.data.tokenize"), "_CHUNK_CHARACTERS", 5000)
+    monkeypatch.setattr(import_module("saetools.data.tokenizing"), "_CHUNK_CHARACTERS", 5000)
 
 
 @pytest.mark.usefixtures("small_chunks")

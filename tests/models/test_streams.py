@@ -193,7 +193,7 @@ def test_gradients_pass_through_an_edit_that_keeps_its_input(make_tiny, stream):
     torch.testing.assert_close(strength.grad, (loss(at + step) - loss(at - step)) / (2 * step), rtol=1e-7, atol=0)
 
 
-def test_no_gradients_unless_enabled_and_clones_of_what_was_read(tiny):
+def test_what_is_read_has_gradients_only_if_they_are_enabled(tiny):
     with torch.enable_grad():
         assert read(tiny, IDS, MASK, [Site(1)])[Site(1)].requires_grad
     assert not read(tiny, IDS, MASK, [Site(1)])[Site(1)].requires_grad

@@ -91,6 +91,11 @@ def test_masks_that_do_not_tell_the_padding_are_errors(tiny, mask):
         tiny.model(torch.tensor([[5, 6, 7]]), attention_mask=mask)
 
 
+def test_calls_without_tokens_are_errors(tiny):
+    with pytest.raises(InputError, match="input_ids: expected a tensor"), edit(tiny, {SITE: Recorder()}):
+        tiny.model([[5, 6, 7]])
+
+
 def test_roles_of_another_batch_are_errors(tiny):
     ids, mask = padded(ROWS, left=True)
     message = "roles: expected a number of rows that divides the batch of 2, received 3"

@@ -177,7 +177,9 @@ def _where(
     call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     call = {**call, **call.pop("kwargs", {})}
     inputs = [call.get(name) for name in ("input_ids", "inputs_embeds", "resid_pre")]
-    shaped = next(tensor for tensor in inputs if isinstance(tensor, Tensor))
+    shaped = next((tensor for tensor in inputs if isinstance(tensor, Tensor)), None)
+    if shaped is None:
+        raise InputError("input_ids", expected="a tensor", received="none", remedy="tokenise before calling")
     n_rows, n_new = shaped.shape[:2]
     token_ids = next((ids for ids in (inputs[0], *embedded) if ids is not None and ids.shape == (n_rows, n_new)), None)
     start = _cache_length(call)
