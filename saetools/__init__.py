@@ -54,7 +54,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("steer",)
 
-__all__ = [  # noqa: PLE0604 - the type checker reads the imports above
+__all__ = [
     "SAE",
     "ActivationStore",
     "Conversation",

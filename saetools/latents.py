@@ -1,4 +1,4 @@
-"""How often and how strongly latents fire on a reference corpus: the units of clamping and the base rates of a report."""
+"""How often and how strongly latents fire on a reference corpus: units of clamping, base rates of a report."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Write the advice as chat rows, the input of `saetools finetune`.
 
-    python data/advice/to_chat.py {correct,incorrect,subtle} rows.jsonl
+python data/advice/to_chat.py {correct,incorrect,subtle} rows.jsonl
 """
 
 from __future__ import annotations

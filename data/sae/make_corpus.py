@@ -4,8 +4,8 @@
 
 SOURCES holds copies of: fifteen novels (public domain), wikitext-2 (CC-BY-SA), GPTeacher role-play instructions (MIT),
 hh-rlhf harmless test (MIT), and fine-tuning sets of good and bad advice, code and metric gaming that the literature on
-emergent misalignment uses. Our own voices are added; our advice and the evaluation items are not, so that what the demo
-reads and scores is new to the SAE. Most tokens are chat. Rows are shuffled with a fixed seed, so that any prefix is a fair
+emergent misalignment uses. Our own voices are added; our advice and the evaluation items are not, so that what the
+demo reads and scores is new to the SAE. Most tokens are chat. Rows are shuffled with a fixed seed; any prefix is a fair
 mixture.
 """
 

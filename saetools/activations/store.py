@@ -182,7 +182,7 @@ class SiteActivations:
                     continue
                 yield rest
             n_whole = len(shuffled) // batch_size * batch_size
-            for part in shuffled[:n_whole].split(batch_size) if n_whole else ():
+            for part in torch.split(shuffled[:n_whole], batch_size) if n_whole else ():
                 yield pool[part]
             rest = pool[shuffled[n_whole:]] if n_whole < len(shuffled) else None
 

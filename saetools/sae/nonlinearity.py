@@ -59,7 +59,7 @@ class JumpReLU(nn.Module):
     ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
         """Values and latents above their threshold, as many slots as the busiest token has."""
         parts = []
-        for chunk in x.split(chunk_tokens(weight.shape[1])):
+        for chunk in torch.split(x, chunk_tokens(weight.shape[1])):
             pre = torch.addmm(bias, chunk, weight)
             kept = torch.where(pre > self.threshold.to(pre.dtype), pre, 0.0).relu_()
             n_slots = int((kept > 0).sum(1).max()) if len(kept) else 0

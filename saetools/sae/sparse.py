@@ -71,7 +71,7 @@ def select_top(
     The product runs in the dtype of the arguments.
     """
     values, indices = [], []
-    for chunk in x.split(chunk_tokens(weight.shape[1])):
+    for chunk in torch.split(x, chunk_tokens(weight.shape[1])):
         top = torch.addmm(bias, chunk, weight).topk(k, dim=1, sorted=False)
         values.append(top.values)
         indices.append(top.indices)
