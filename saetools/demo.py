@@ -48,7 +48,7 @@ class DemoConfig:
 
     n_items: int = 28
     """Forced-choice items under every edit, the same number of each category."""
-    n_texts: int = 20
+    n_texts: int = 16
     """Neutral texts for perplexity."""
     n_latents: int = 10
     """Latents in the set that is clamped and added."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from saetools.activations.stream import stream_activations
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
-from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize
+from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, render, tokenize
 from saetools.errors import InputError, IntegrityError
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair
@@ -160,7 +160,7 @@ def diff_latents(
         on_progress: called with conversations done and in all.
 
     Raises:
-        InputError: for models that cannot be compared, or fewer than two conversations with such tokens.
+        InputError: for models that cannot be compared or split the conversations into other tokens, or fewer than two conversations with such tokens.
     """
     site = site or sae_site(sae)
     if sae.d_in != base.d_model:
@@ -169,7 +169,7 @@ def diff_latents(
         )
     report = TokenizeReport()
     tokenized = list(tokenize(conversations, base.tokenizer, max_tokens=max_tokens, report=report))
-    check_pair(base, tuned)
+    check_pair(base, tuned, () if base.tokenizer is tuned.tokenizer else _texts(base, conversations))
     tokenized = [one for one in tokenized if bool(select_positions(one.roles[1:], positions).any())]
     if len(tokenized) < 2:
         raise InputError(
@@ -201,6 +201,11 @@ def diff_latents(
         "versions": versions(),
     }
     return LatentDiff(sums.table(), provenance)
+
+
+def _texts(base: LanguageModel, conversations: Sequence[Conversation]) -> list[str]:
+    """What both tokenizers have to split alike."""
+    return [render(one, base.tokenizer) if one.text is None else one.text for one in conversations]
 
 
 def sae_site(sae: SAE) -> Site:
