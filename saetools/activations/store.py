@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saetools.activations.stream import ActivationBlock, stream_activations
 from saetools.data.tokenizing import TokenizedConversation
-from saetools.errors import InputError, IntegrityError
+from saetools.errors import InputError, IntegrityError, NonFiniteError
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
 from saetools.provenance import sha256_of_file, sha256_of_texts, versions, write_json
@@ -54,18 +54,15 @@ class ActivationStore:
         manifest = _read_manifest(self.path)
         if manifest is None:
             raise IntegrityError(f"{self.path} holds no readable {_MANIFEST}; harvest again")
-        self.manifest = manifest
-        if not manifest["complete"]:
+        self.manifest: dict[str, Any] = manifest
+        if not self.manifest["complete"]:
             raise InputError(
                 "path",
                 expected="a finished harvest",
                 received=f"{len(self.manifest['shards'])} shards of an unfinished one in {self.path}",
                 remedy="run the same harvest again; it continues",
             )
-        for shard in self.manifest["shards"]:
-            file = self.path / shard["file"]
-            if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise IntegrityError(f"{file} is missing or damaged; harvest again into a new folder")
+        _check_shards(self.path, self.manifest)
 
     def __len__(self) -> int:
         return sum(shard["tokens"] for shard in self.manifest["shards"])
@@ -118,15 +115,15 @@ class ActivationStore:
         file = self.path / self.manifest["shards"][index]["file"]
         try:
             tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
+            return ActivationBlock(
+                {site: tensors[str(site)] for site in self.sites},
+                tensors["token_ids"].long(),
+                tensors["roles"],
+                tensors["documents"].long(),
+                tensors["positions"].long(),
+            )
+        except (OSError, SafetensorError, KeyError) as error:
             raise IntegrityError(f"cannot read {file} ({error}); harvest again") from error
-        return ActivationBlock(
-            {site: tensors[str(site)] for site in self.sites},
-            tensors["token_ids"].long(),
-            tensors["roles"],
-            tensors["documents"].long(),
-            tensors["positions"].long(),
-        )
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ class SiteActivations:
                     continue
                 yield rest
             n_whole = len(shuffled) // batch_size * batch_size
-            for part in torch.split(shuffled[:n_whole], batch_size) if n_whole else ():
+            for part in shuffled[:n_whole].view(-1, batch_size):
                 yield pool[part]
             rest = pool[shuffled[n_whole:]] if n_whole < len(shuffled) else None
 
@@ -213,24 +210,22 @@ def harvest(
 
     Raises:
         InputError: if the folder holds a store of something else.
-        IntegrityError: if an existing shard is damaged.
+        IntegrityError: if an existing shard is missing or has another size than the manifest says.
+        NonFiniteError: if an activation is not finite, or does not fit the storage dtype.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    _check_config(config)
     identity = _identity(lm, sites, conversations, config)
     manifest = _read_manifest(path)
     if manifest is None:
         manifest = {**identity, "shards": [], "complete": False}
-    elif {key: manifest.get(key) for key in identity} != identity:
-        different = [key for key in identity if manifest.get(key) != identity[key]]
-        raise InputError(
-            "path",
-            expected="an empty folder or a store of the same harvest",
-            received=f"{path}, which differs in {', '.join(different)}",
-            remedy="choose another folder",
-        )
+    _check_same(manifest, identity, path)
+    _check_shards(path, manifest)
+    for leftover in (*path.glob("shard-*.tmp"), *path.glob(f".{_MANIFEST}.*.tmp")):
+        leftover.unlink(missing_ok=True)
     dtype = getattr(torch, config.dtype)
     plan = _plan_shards(conversations, config.shard_tokens)
     total, done = sum(map(len, conversations)), 0
@@ -238,10 +233,10 @@ def harvest(
         n_read = sum(len(conversations[document]) for document in documents)
         if index >= len(manifest["shards"]):
             chosen = [conversations[document] for document in documents]
-            blocks = stream_activations(
+            stream = stream_activations(
                 lm, sites, chosen, batch_tokens=config.batch_tokens, skip_first=config.skip_first
             )
-            tensors = _join(list(blocks), sites, dtype, first_document=documents.start)
+            tensors = _join([_as_stored(block, dtype) for block in stream], first_document=documents.start)
             file = path / f"shard-{index:05d}.safetensors"
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
             try:
@@ -266,16 +261,44 @@ def _identity(
 
     if not conversations:
         raise InputError("conversations", expected="at least one", received="none", remedy="pass what to read")
-    texts = (np.asarray(conversation.token_ids).tobytes().hex() for conversation in conversations)
-    return {
+
+    def digest(name: str) -> str:
+        return sha256_of_texts(np.asarray(getattr(one, name)).tobytes().hex() for one in conversations)
+
+    identity = {
         "format": _FORMAT,
         "sites": [str(site) for site in sites],
         "d_model": lm.d_model,
         "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
-        "data_sha256": sha256_of_texts(texts),
+        "data_sha256": digest("token_ids"),
+        "roles_sha256": digest("roles"),
         "config": asdict(config),
         "versions": versions(),
     }
+    return dict(json.loads(json.dumps(identity)))  # as it will be read back
+
+
+def _check_config(config: HarvestConfig) -> None:
+    if config.dtype not in ("bfloat16", "float16", "float32"):
+        raise InputError(
+            "config.dtype",
+            expected="bfloat16, float16 or float32",
+            received=repr(config.dtype),
+            remedy="pick one of these",
+        )
+
+
+def _check_same(manifest: Mapping[str, Any], identity: Mapping[str, Any], path: Path) -> None:
+    # Another version may give other bits: it must not continue a store, but a finished one stays what it is.
+    asked = [key for key in identity if key != "versions" or not manifest["complete"]]
+    different = [key for key in asked if manifest.get(key, identity[key]) != identity[key]]
+    if different:
+        raise InputError(
+            "path",
+            expected="an empty folder or a store of the same harvest",
+            received=f"{path}, which differs in {', '.join(different)}",
+            remedy="choose another folder",
+        )
 
 
 def _plan_shards(conversations: Sequence[TokenizedConversation], shard_tokens: int) -> list[range]:
@@ -288,16 +311,19 @@ def _plan_shards(conversations: Sequence[TokenizedConversation], shard_tokens: i
     return plan
 
 
-def _join(
-    blocks: Sequence[ActivationBlock], sites: Sequence[Site], dtype: torch.dtype, *, first_document: int
-) -> dict[str, Tensor]:
+def _as_stored(block: ActivationBlock, dtype: torch.dtype) -> ActivationBlock:
+    acts = {site: values.to("cpu", dtype) for site, values in block.acts.items()}
+    for site, values in acts.items():
+        if dtype == torch.float16 and not bool(torch.isfinite(values).all()):
+            raise NonFiniteError(f"activations at {site} are too large for float16; harvest in bfloat16 or float32")
+    return replace(block, acts=acts)
+
+
+def _join(blocks: Sequence[ActivationBlock], *, first_document: int) -> dict[str, Tensor]:
     documents = torch.cat([block.documents for block in blocks])
     positions = torch.cat([block.positions for block in blocks])
     order = torch.argsort(documents * (int(positions.max()) + 1 if len(positions) else 1) + positions)
-    tensors = {
-        str(site): torch.cat([block.acts[site].to("cpu", dtype) for block in blocks])[order].contiguous()
-        for site in sites
-    }
+    tensors = {str(site): torch.cat([block.acts[site] for block in blocks])[order] for site in blocks[0].acts}
     tensors["token_ids"] = torch.cat([block.token_ids for block in blocks])[order].int()
     tensors["roles"] = torch.cat([block.roles for block in blocks])[order]
     tensors["documents"] = (documents[order] + first_document).int()
@@ -305,11 +331,29 @@ def _join(
     return tensors
 
 
+def _check_shards(path: Path, manifest: Mapping[str, Any]) -> None:
+    for shard in manifest["shards"]:
+        file = path / shard["file"]
+        if not file.is_file() or file.stat().st_size != shard["bytes"]:
+            raise IntegrityError(f"{file} is missing or damaged; harvest again into a new folder")
+
+
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
-        manifest: Mapping[str, Any] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise InputError(
+                "path",
+                expected=f"a store of format {_FORMAT}",
+                received=f"format {manifest['format']!r} in {path}",
+                remedy="read it with the version of saetools that wrote it, or harvest again",
+            )
+        if missing := {"sites", "d_model", "shards", "complete"} - set(manifest):
+            raise KeyError(*missing)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path / _MANIFEST} is damaged ({error}); harvest again into a new folder") from error
-    return dict(manifest)
+    return manifest

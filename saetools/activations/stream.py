@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from saetools.data.tokenizing import TokenizedConversation, make_batches
+from saetools.data.tokenizing import Batch, TokenizedConversation, make_batches
 from saetools.errors import NonFiniteError
 from saetools.models.forward import read
 from saetools.models.language_model import LanguageModel
@@ -38,7 +38,6 @@ class ActivationBlock:
         return len(self.token_ids)
 
 
-@torch.inference_mode()
 def stream_activations(
     lm: LanguageModel,
     sites: Sequence[Site],
@@ -68,18 +67,29 @@ def stream_activations(
         [torch.Size([25, 576])]
     """
     for batch in make_batches(conversations, batch_tokens=batch_tokens):
-        acts = read(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device), sites)
-        counted = batch.counted(skip_first=skip_first)
-        documents = torch.tensor(batch.rows)[:, None].expand_as(batch.token_ids)
-        positions = batch.mask.long().cumsum(1) - 1
-        kept = {site: values[counted.to(values.device)] for site, values in acts.items()}
-        for site, values in kept.items():
-            if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
-                bad = documents[counted][(~torch.isfinite(values)).any(-1).cpu()][0]
-                raise NonFiniteError(
-                    f"activations at {site} are not finite in conversation {conversations[int(bad)].id!r}; "
-                    "load the model in float32 or bfloat16, or leave the conversation out"
-                )
-        yield ActivationBlock(
-            kept, batch.token_ids[counted], batch.roles[counted], documents[counted], positions[counted]
-        )
+        yield _read_block(lm, sites, conversations, batch, skip_first=skip_first)
+
+
+# Not around the generator: its caller must get gradients back between the blocks.
+@torch.no_grad()
+def _read_block(
+    lm: LanguageModel,
+    sites: Sequence[Site],
+    conversations: Sequence[TokenizedConversation],
+    batch: Batch,
+    *,
+    skip_first: bool,
+) -> ActivationBlock:
+    acts = read(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device), sites)
+    counted = batch.counted(skip_first=skip_first)
+    documents = torch.tensor(batch.rows)[:, None].expand_as(batch.token_ids)
+    positions = batch.mask.long().cumsum(1) - 1
+    kept = {site: values[counted.to(values.device)] for site, values in acts.items()}
+    for site, values in kept.items():
+        if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+            bad = documents[counted][(~torch.isfinite(values)).any(-1).cpu()][0]
+            raise NonFiniteError(
+                f"activations at {site} are not finite in conversation {conversations[int(bad)].id!r}; "
+                "load the model in float32 or bfloat16, or leave the conversation out"
+            )
+    return ActivationBlock(kept, batch.token_ids[counted], batch.roles[counted], documents[counted], positions[counted])
