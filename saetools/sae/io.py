@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saetools.errors import InputError, IntegrityError
+from saetools.errors import InputError, IntegrityError, SaetoolsWarning
 from saetools.provenance import sha256_of_file, write_json
 from saetools.sae.model import SAE, SAEMetadata
 from saetools.sae.nonlinearity import JumpReLU, TopK
@@ -50,6 +51,7 @@ def save_sae(sae: SAE, path: str | Path, *, storage_dtype: torch.dtype | None = 
         key: tensor.detach().to("cpu", storage_dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()
     }
     _replace(path / _WEIGHTS, lambda file: save_file(stored, file))
+    (path / _STATISTICS).unlink(missing_ok=True)
     if sae.p99 is not None:
         statistics = {"p99": sae.p99.detach().cpu().float().contiguous()}
         _replace(path / _STATISTICS, lambda file: save_file(statistics, file))
@@ -77,6 +79,8 @@ def save_sae(sae: SAE, path: str | Path, *, storage_dtype: torch.dtype | None = 
 def load_sae(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> SAE:
     """Read an SAE in SAELens' folder format: TopK, standard (ReLU) or JumpReLU.
 
+    Configs from before SAELens 6 are understood as SAELens 6 understands them.
+
     Args:
         path: the folder with `cfg.json` and `sae_weights.safetensors`.
         dtype: of the weights in memory.
@@ -101,19 +105,44 @@ def load_sae(path: str | Path, *, dtype: torch.dtype = torch.float32, device: to
             remedy="point at a folder that saetools or SAELens saved",
         )
     try:
-        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-        ours = config.get("metadata", {}).get("saetools")
-    except (ValueError, AttributeError) as error:
-        raise IntegrityError(f"{path / _CONFIG} is damaged ({error}); fetch or save the SAE again") from error
-    if ours and ours.get("weights_sha256") != sha256_of_file(path / _WEIGHTS):
-        raise IntegrityError(f"{path / _WEIGHTS} is not the file that {_CONFIG} was written with; save the SAE again")
-    _check_supported(config, path)
-    tensors = {key: tensor.to(device, dtype) for key, tensor in _read_tensors(path / _WEIGHTS).items()}
-    sae = _build(config, tensors, path)
-    sae.metadata = _metadata(config, ours)
+        config = _modernise(json.loads((path / _CONFIG).read_text(encoding="utf-8")))
+        ours = (config.get("metadata") or {}).get("saetools")
+        if ours and ours["weights_sha256"] != sha256_of_file(path / _WEIGHTS):
+            raise IntegrityError(f"{path / _WEIGHTS} is not the file that {_CONFIG} was written with; save it again")
+        _check_supported(config, path)
+        sae = _build(config, _read_tensors(path / _WEIGHTS, device, dtype), path)
+        sae.metadata = _metadata(config, ours)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise IntegrityError(f"{path / _CONFIG} is damaged ({error!r}); fetch or save the SAE again") from error
     if (path / _STATISTICS).is_file():
-        sae.p99 = _read_tensors(path / _STATISTICS)["p99"].to(device)
+        p99 = _read_tensors(path / _STATISTICS, device, torch.float32).get("p99")
+        if p99 is None or p99.shape != (sae.d_sae,):
+            raise IntegrityError(
+                f"{path / _STATISTICS} does not belong to these weights; delete it or save the SAE again"
+            )
+        sae.p99 = p99
     return sae.eval().requires_grad_(False)
+
+
+def _modernise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What SAELens 6 makes of a config, also one that was written before version 6."""
+    metadata = config.get("metadata") or {}
+    if int(str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or 0).split(".")[0]) >= 6:
+        return dict(config)
+    modern = {"architecture": "standard", "normalize_activations": "none", **config}
+    if isinstance(modern["normalize_activations"], bool):
+        modern["normalize_activations"] = "expected_average_only_in" if modern["normalize_activations"] else "none"
+    activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
+    if activation == "topk":
+        modern |= {"architecture": "topk", "k": config["activation_fn_kwargs"]["k"]}
+    elif activation != "relu":
+        modern["architecture"] = f"standard with {activation}"
+    hook = config.get("hook_name", config.get("hook_point"))
+    modern.setdefault("reshape_activations", "hook_z" if "hook_z" in str(hook) else "none")
+    modern["metadata"] = {"model_name": config.get("model_name"), "hook_name": hook, **metadata}
+    return modern
 
 
 def _check_supported(config: Mapping[str, Any], path: Path) -> None:
@@ -124,20 +153,27 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> None:
             received=f"{config.get('architecture')!r} in {path}",
             remedy="load one of these architectures",
         )
-    # SAELens wants these folded into the weights before it saves; a reader must not guess what was not.
     for key in ("normalize_activations", "reshape_activations"):
-        if config.get(key, "none") not in ("none", None, "expected_average_only_in" if key[0] == "n" else "none"):
+        if config.get(key) not in ("none", None, "expected_average_only_in"):
             raise InputError(
                 "path", expected=f"{key} of none", received=repr(config[key]), remedy="fold it into the weights first"
             )
+    if config.get("normalize_activations") == "expected_average_only_in":
+        warnings.warn(
+            f"{path} was trained on activations scaled to a mean norm of sqrt(d_in). SAELens folds that scale into the "
+            "weights when it saves and then says so; this config does not. If latents are far too strong, it was not "
+            "folded: scale the inputs",
+            SaetoolsWarning,
+            stacklevel=3,
+        )
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
+        return {key: tensor.to(device, dtype) for key, tensor in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{file} is damaged ({error}); fetch or save the SAE again") from error
 
@@ -151,9 +187,20 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path)
         received = tuple(tensors[key].shape) if key in tensors else "nothing"
         if received != shape:
             raise IntegrityError(f"{key} in {path / _WEIGHTS}: expected shape {shape}, received {received}")
+    # SAELens once wrote a scaling factor of ones, and ignores it.
+    unknown = [
+        key for key in tensors if key not in shapes and (key != "scaling_factor" or bool((tensors[key] != 1).any()))
+    ]
+    if unknown:
+        raise InputError(
+            "path",
+            expected="weights " + ", ".join(shapes),
+            received=f"also {', '.join(unknown)} in {path / _WEIGHTS}",
+            remedy="fold what is beyond these into them",
+        )
     encoder, decoder, b_enc = tensors["W_enc"].T, tensors["W_dec"], tensors["b_enc"]
     if config.get("rescale_acts_by_decoder_norm"):
-        norms = decoder.norm(dim=1)
+        norms = decoder.norm(dim=1).clamp_min(1e-8)
         encoder, b_enc, decoder = encoder * norms[:, None], b_enc * norms, decoder / norms[:, None]
     if config["architecture"] == "topk":
         nonlinearity: TopK | JumpReLU = TopK(int(config["k"]))
@@ -177,7 +224,7 @@ def _metadata(config: Mapping[str, Any], ours: Mapping[str, Any] | None) -> SAEM
     return SAEMetadata(model_name=theirs.get("model_name") or "", site=theirs.get("hook_name") or "")
 
 
-def _replace(file: Path, write: Any) -> None:
+def _replace(file: Path, write: Callable[[Path], None]) -> None:
     temporary = file.with_suffix(".tmp")
     try:
         write(temporary)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saetools.sae.sparse import TransposedPairs, combine, pair_dots, select_top
+from saetools.sae.sparse import LatentMajorPairs, combine, select_top
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Weights:
     W_dec: Float[Tensor, "d_sae d_in"]
     b_enc: Float[Tensor, " d_sae"]
     b_dec: Float[Tensor, " d_in"]
+
+    def empty_like(self) -> Weights:
+        """Uninitialised tensors of the same shapes, to write gradients to."""
+        return Weights(*(torch.empty_like(weight) for weight in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def topk_step(
     dead: Bool[Tensor, " d_sae"] | None = None,
     k_aux: int = 256,
     aux_coefficient: float = 1 / 32,
+    grads: Weights | None = None,
 ) -> StepResult:
     """Loss and gradients of a TopK SAE on one batch.
 
@@ -66,27 +71,26 @@ def topk_step(
         dead: latents that have not fired for long; they learn to reconstruct the error (AuxK, arXiv 2406.04093).
         k_aux: dead latents a token uses for that.
         aux_coefficient: weight of that loss.
+        grads: tensors to overwrite with the gradients; fresh memory for them in every step would cost time.
     """
-    d_sae = len(weights.b_enc)
+    grads = weights.empty_like() if grads is None else grads
     centred = x - weights.b_dec
-    encode_weight = weights.encoder.T.to(encode_dtype).contiguous()
+    encode_weight = weights.encoder.to(encode_dtype).T
     values, indices = select_top(centred.to(encode_dtype), encode_weight, weights.b_enc.to(encode_dtype), k)
+    pairs = LatentMajorPairs(indices, len(weights.b_enc))
     if encode_dtype != x.dtype:
-        values = pair_dots(centred, weights.encoder, indices) + weights.b_enc[indices]
-    values = values.relu()
-    error = x - (combine(weights.W_dec, indices, values) + weights.b_dec)
-    loss = error.square().mean()
+        values = pairs.scatter(pairs.dots(weights.encoder, centred) + weights.b_enc[pairs.latents])
+    values = values.relu_()
+    error = centred - combine(weights.W_dec, indices, values)
+    loss = _square_sum(error) / error.numel()
 
-    d_recon = error * (-2 / error.numel())
-    pairs = TransposedPairs(indices, d_sae)
-    d_values = torch.where(values > 0, pair_dots(d_recon, weights.W_dec, indices), 0.0)
-    grads = Weights(
-        encoder=pairs.sum_tokens(d_values, centred),
-        W_dec=pairs.sum_tokens(values, d_recon),
-        b_enc=torch.zeros_like(weights.b_enc).index_add_(0, indices.flatten(), d_values.flatten()),
-        b_dec=d_recon.sum(0),
-    )
-    grads.b_dec.sub_(grads.b_enc @ weights.encoder)
+    slope = -2 / error.numel()  # of the loss, by the error: d_recon = slope * error
+    active = pairs.gather(values)
+    d_active = torch.where(active > 0, pairs.dots(weights.W_dec, error) * slope, 0.0)
+    pairs.sum_tokens(d_active, centred, out=grads.encoder)
+    pairs.sum_tokens(active * slope, error, out=grads.W_dec)
+    grads.b_enc.copy_(pairs.sums(d_active))
+    grads.b_dec.copy_(slope * error.sum(0) - grads.b_enc @ weights.encoder)
     if dead is not None and bool(dead.any()):
         loss = loss + _add_aux(centred, error, weights, grads, dead, min(k_aux, int(dead.sum())), aux_coefficient)
     return StepResult(loss, grads, error, indices, values)
@@ -101,15 +105,19 @@ def _add_aux(
     """
     where = dead.nonzero()[:, 0]
     encoder, decoder = weights.encoder[where], weights.W_dec[where]
-    values, indices = select_top(centred, encoder.T.contiguous(), weights.b_enc[where], k_aux)
-    values = values.relu()
+    values, indices = select_top(centred, encoder.T, weights.b_enc[where], k_aux)
+    values = values.relu_()
     rest = error - combine(decoder, indices, values)
-    scale = coefficient / error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
-    d_recon = rest * (-2 * scale)
-    d_values = torch.where(values > 0, pair_dots(d_recon, decoder, indices), 0.0)
-    pairs = TransposedPairs(indices, len(where))
-    grads.encoder.index_add_(0, where, pairs.sum_tokens(d_values, centred))
-    grads.W_dec.index_add_(0, where, pairs.sum_tokens(values, d_recon))
-    by_latent = torch.zeros_like(encoder[:, 0]).index_add_(0, indices.flatten(), d_values.flatten())
-    grads.b_enc.index_add_(0, where, by_latent)
-    return scale * rest.square().sum()
+    scale = coefficient / _square_sum(error).clamp_min(torch.finfo(error.dtype).tiny)
+    pairs = LatentMajorPairs(indices, len(where))
+    active = pairs.gather(values)
+    d_active = torch.where(active > 0, pairs.dots(decoder, rest) * (-2 * scale), 0.0)
+    grads.encoder.index_add_(0, where, pairs.sum_tokens(d_active, centred))
+    grads.W_dec.index_add_(0, where, pairs.sum_tokens(active * (-2 * scale), rest))
+    grads.b_enc.index_add_(0, where, pairs.sums(d_active))
+    return scale * _square_sum(rest)
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm.square()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -99,6 +99,7 @@ class Progress:
 @dataclass
 class _State:
     weights: Weights
+    grads: Weights  # overwritten in every step
     optimizer: torch.optim.Adam
     last_fired: Tensor  # tokens seen since each latent fired
     scale: float  # inputs are multiplied by this, so that their mean norm is sqrt(d_model)
@@ -113,29 +114,39 @@ def train_sae(
     *,
     metadata: SAEMetadata = SAEMetadata(),
     on_progress: Callable[[Progress], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> SAE:
     """Train a TopK SAE; a run that was killed goes on from its last checkpoint, to the same bytes.
 
     Inputs are scaled to a mean norm of sqrt(d_model) and centred by b_dec while training; both are folded into the
-    weights that are returned and saved, which take the residual stream as it is.
+    weights that are returned and saved, which take the residual stream as it is. (Bytes are equal for equal versions,
+    number of threads and kind of processor, on CPUs.)
 
     Args:
         source: activations, such as `store.at(site)`.
         config: settings.
-        out: folder for the SAE (SAELens' format), `train.jsonl` (the log) and, while it runs, `checkpoint/`.
+        out: folder for the SAE (SAELens' format), `train.jsonl` (the log) and `checkpoint.safetensors`.
         metadata: what the activations are; `median_norm` and the settings are added.
         on_progress: called with every line of the log.
+        device: where to train.
 
     Raises:
-        InputError: if the folder holds a run with other settings.
-        NonFiniteError: if the loss is not finite; the last checkpoint stays.
+        InputError: if the folder holds a run with other settings or on other activations.
+        IntegrityError: if its checkpoint is damaged.
+        NonFiniteError: if an activation or the loss is not finite; the last checkpoint stays.
+
+    Example:
+        >>> sae = train_sae(store.at(Site(15)), TrainConfig(d_sae=8192, k=32), "runs/sae")
+        >>> sae.d_sae
+        8192
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     steps_per_epoch = source.n_batches(config.batch_size)
     n_steps = config.n_tokens // config.batch_size
     _check(config, steps_per_epoch, n_steps)
-    state = _load_checkpoint(out, config) or _initialise(source, config)
+    identity = _identity(config, metadata, steps_per_epoch)
+    state = _load_checkpoint(out, identity, device) or _initialise(source, config, device)
     _trim_log(out / "train.jsonl", state.step)
     window = _Window(state.step)
     encode_dtype = getattr(torch, config.encode_dtype)
@@ -143,9 +154,9 @@ def train_sae(
     while state.step < n_steps:
         epoch, start = divmod(state.step, steps_per_epoch)
         for batch in source.epoch_batches(config.batch_size, seed=config.seed, epoch=epoch, start=start):
-            x = batch.float()
-            kept = x.norm(dim=1) <= config.outlier_factor * state.median_norm
-            x = x[kept] * state.scale
+            x = batch.to(device, torch.float32)
+            norms = _finite_norms(x, f"at step {state.step}; the last checkpoint in {out} stands")
+            x = x[norms <= config.outlier_factor * state.median_norm].mul_(state.scale)
             dead = state.last_fired >= config.dead_after_tokens
             result = topk_step(
                 x,
@@ -155,16 +166,16 @@ def train_sae(
                 dead=dead,
                 k_aux=config.k_aux,
                 aux_coefficient=config.aux_coefficient,
+                grads=state.grads,
             )
             if not bool(torch.isfinite(result.loss)):
                 raise NonFiniteError(
-                    f"the loss is not finite at step {state.step}; the last checkpoint in {out} stands. "
-                    "Lower lr, or check the activations"
+                    f"the loss is not finite at step {state.step}; the last checkpoint in {out} stands. Lower lr"
                 )
             lr = _learning_rate(config, state.step, n_steps)
-            _update(state, result.grads, lr)
-            state.last_fired += len(x)
-            state.last_fired[result.indices[result.values > 0]] = 0
+            _update(state, lr)
+            fired = torch.bincount(result.indices.flatten(), result.values.flatten(), minlength=config.d_sae) > 0
+            state.last_fired.add_(len(x)).masked_fill_(fired, 0)
             state.step += 1
             window.add(x, result.error, result.values, dead, n_left_out=len(batch) - len(x))
             if state.step % config.log_every == 0 or state.step == n_steps:
@@ -174,7 +185,7 @@ def train_sae(
                 if on_progress is not None:
                     on_progress(progress)
             if state.step % config.checkpoint_every == 0 or state.step == n_steps:
-                _save_checkpoint(out, config, state)
+                _save_checkpoint(out, identity, state)
             if state.step == n_steps:
                 break
 
@@ -199,31 +210,53 @@ def _check(config: TrainConfig, steps_per_epoch: int, n_steps: int) -> None:
         raise InputError("config.k", expected=f"at most d_sae = {config.d_sae}", received=config.k, remedy="lower k")
 
 
-def _initialise(source: ActivationSource, config: TrainConfig) -> _State:
-    sample = source.sample(65536, seed=config.seed).float()
-    norms = sample.norm(dim=1)
+def _identity(config: TrainConfig, metadata: SAEMetadata, steps_per_epoch: int) -> dict[str, Any]:
+    """What has to be equal for a run to be continued."""
+    activations = {"model_name": metadata.model_name, "site": metadata.site, "steps_per_epoch": steps_per_epoch}
+    return dataclasses.asdict(config) | activations
+
+
+def _initialise(source: ActivationSource, config: TrainConfig, device: torch.device | str) -> _State:
+    sample = source.sample(65536, seed=config.seed).to(device, torch.float32)
+    norms = _finite_norms(sample, "in the sample that is measured before training")
     median_norm = float(norms.median())
-    sample = sample[norms <= config.outlier_factor * median_norm]
+    kept = norms <= config.outlier_factor * median_norm
+    sample = sample[kept]
     d_in = sample.shape[1]
-    scale = math.sqrt(d_in) / float(sample.norm(dim=1).mean())
+    scale = math.sqrt(d_in) / float(norms[kept].mean())
     generator = torch.Generator().manual_seed(config.seed)
-    directions = torch.nn.functional.normalize(torch.randn(config.d_sae, d_in, generator=generator), dim=1)
+    directions = torch.nn.functional.normalize(torch.randn(config.d_sae, d_in, generator=generator), dim=1).to(device)
     weights = Weights(
         encoder=directions.clone(),
         W_dec=directions,
-        b_enc=torch.zeros(config.d_sae),
-        b_dec=_geometric_median(sample * scale),
+        b_enc=torch.zeros(config.d_sae, device=device),
+        b_dec=_geometric_median(sample).mul_(scale),
     )
-    return _State(weights, _adam(weights), torch.zeros(config.d_sae, dtype=torch.long), scale, median_norm)
+    last_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
+    return _state(weights, last_fired, scale, median_norm)
+
+
+def _finite_norms(x: Float[Tensor, "token d_in"], where: str) -> Float[Tensor, " token"]:
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    if not bool(torch.isfinite(norms).all()):
+        raise NonFiniteError(f"activations are not finite {where}. Harvest them in bfloat16 or float32")
+    return norms
 
 
 def _geometric_median(points: Float[Tensor, "token d_in"], *, n_steps: int = 20) -> Float[Tensor, " d_in"]:
     """Weiszfeld's iteration: the point with the least summed distance, which outliers hardly move."""
     centre = points.mean(0)
     for _ in range(n_steps):
-        weight = 1 / (points - centre).norm(dim=1).clamp_min(1e-6)
-        centre = (weight[:, None] * points).sum(0) / weight.sum()
+        weight = 1 / torch.linalg.vector_norm(points - centre, dim=1).clamp_min(1e-6)
+        centre = weight @ points / weight.sum()
     return centre
+
+
+def _state(weights: Weights, last_fired: Tensor, scale: float, median_norm: float, step: int = 0) -> _State:
+    grads = weights.empty_like()
+    for weight, grad in zip(vars(weights).values(), vars(grads).values(), strict=True):
+        weight.grad = grad
+    return _State(weights, grads, _adam(weights), last_fired, scale, median_norm, step)
 
 
 def _adam(weights: Weights) -> torch.optim.Adam:
@@ -237,15 +270,13 @@ def _learning_rate(config: TrainConfig, step: int, n_steps: int) -> float:
 
 
 @torch.no_grad()
-def _update(state: _State, grads: Weights, lr: float) -> None:
+def _update(state: _State, lr: float) -> None:
     """One Adam step on the sphere: no gradient along decoder rows, and rows back to length 1."""
-    rows = state.weights.W_dec
-    grads.W_dec.sub_((grads.W_dec * rows).sum(1, keepdim=True) * rows)
-    for name, weight in vars(state.weights).items():
-        weight.grad = getattr(grads, name)
+    rows, gradient = state.weights.W_dec, state.grads.W_dec
+    gradient.addcmul_(rows, torch.linalg.vecdot(gradient, rows)[:, None], value=-1)
     state.optimizer.param_groups[0]["lr"] = lr
     state.optimizer.step()
-    rows.div_(rows.square().sum(1, keepdim=True).sqrt_())
+    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
 class _Window:
@@ -261,8 +292,8 @@ class _Window:
         self.dead = 0.0
 
     def add(self, x: Tensor, error: Tensor, values: Tensor, dead: Tensor, *, n_left_out: int) -> None:
-        self.error += float(error.square().sum())
-        self.variance += float(x.var(0, correction=0).sum()) * len(x)
+        self.error += float(torch.linalg.vector_norm(error)) ** 2
+        self.variance += float(torch.linalg.vector_norm(x)) ** 2 - len(x) * float(x.mean(0).square().sum())
         self.active += int((values > 0).sum())
         self.n_tokens += len(x)
         self.n_left_out += n_left_out
@@ -273,8 +304,8 @@ class _Window:
         progress = Progress(
             step=step,
             n_steps=n_steps,
-            fvu=self.error / self.variance,
-            l0=self.active / self.n_tokens,
+            fvu=self.error / max(self.variance, 1e-12),
+            l0=self.active / max(self.n_tokens, 1),
             dead=self.dead,
             outliers=self.n_left_out / seen,
             lr=lr,
@@ -297,7 +328,7 @@ def _fold(state: _State, config: TrainConfig, metadata: SAEMetadata) -> SAE:
     return sae.eval().requires_grad_(False)
 
 
-def _save_checkpoint(out: Path, config: TrainConfig, state: _State) -> None:
+def _save_checkpoint(out: Path, identity: Mapping[str, Any], state: _State) -> None:
     from safetensors.torch import save_file
 
     tensors = {f"weights.{name}": weight.detach() for name, weight in vars(state.weights).items()}
@@ -309,7 +340,7 @@ def _save_checkpoint(out: Path, config: TrainConfig, state: _State) -> None:
         "step": str(state.step),
         "scale": state.scale.hex(),
         "median_norm": state.median_norm.hex(),
-        "config": json.dumps(dataclasses.asdict(config)),
+        "config": json.dumps(identity),
     }
     temporary = out / ".checkpoint.tmp"
     try:
@@ -319,7 +350,7 @@ def _save_checkpoint(out: Path, config: TrainConfig, state: _State) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load_checkpoint(out: Path, config: TrainConfig) -> _State | None:
+def _load_checkpoint(out: Path, identity: Mapping[str, Any], device: torch.device | str) -> _State | None:
     from safetensors import SafetensorError, safe_open
 
     file = out / "checkpoint.safetensors"
@@ -328,29 +359,28 @@ def _load_checkpoint(out: Path, config: TrainConfig) -> _State | None:
     try:
         with safe_open(file, framework="pt") as stored:
             facts: dict[str, str] = stored.metadata()
-            tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+            tensors = {name: stored.get_tensor(name).clone().to(device) for name in stored.keys()}  # noqa: SIM118
+        theirs = json.loads(facts["config"])
+        different = [name for name, value in identity.items() if theirs.get(name, value) != value]
+        if different:
+            raise InputError(
+                "out",
+                expected="an empty folder or a run with equal settings",
+                received=f"{out}, where {', '.join(different)} differ",
+                remedy="choose another folder",
+            )
+        weights = Weights(**{name: tensors[f"weights.{name}"] for name in Weights.__dataclass_fields__})
+        scale, median_norm = float.fromhex(facts["scale"]), float.fromhex(facts["median_norm"])
+        state = _state(weights, tensors["last_fired"], scale, median_norm, int(facts["step"]))
+        for name, weight in vars(weights).items():
+            state.optimizer.state[weight] = {
+                "step": torch.tensor(float(state.step), device=device),
+                "exp_avg": tensors[f"adam.{name}.exp_avg"],
+                "exp_avg_sq": tensors[f"adam.{name}.exp_avg_sq"],
+            }
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise IntegrityError(f"{file} is damaged ({error}); delete it to start again") from error
-    theirs = json.loads(facts["config"])
-    different = [name for name, value in dataclasses.asdict(config).items() if theirs.get(name) != value]
-    if different:
-        raise InputError(
-            "out",
-            expected="an empty folder or a run with equal settings",
-            received=f"{out}, where {', '.join(different)} differ",
-            remedy="choose another folder",
-        )
-    weights = Weights(**{name: tensors[f"weights.{name}"] for name in Weights.__dataclass_fields__})
-    optimizer = _adam(weights)
-    step = int(facts["step"])
-    for name, weight in vars(weights).items():
-        optimizer.state[weight] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": tensors[f"adam.{name}.exp_avg"],
-            "exp_avg_sq": tensors[f"adam.{name}.exp_avg_sq"],
-        }
-    scale, median_norm = float.fromhex(facts["scale"]), float.fromhex(facts["median_norm"])
-    return _State(weights, optimizer, tensors["last_fired"], scale, median_norm, step)
+    return state
 
 
 def _trim_log(file: Path, step: int) -> None:

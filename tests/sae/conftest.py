@@ -1,0 +1,85 @@
+"""Small random SAEs, and a spy on the sizes of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from saetools.sae import SAE, JumpReLU, SAEMetadata, TopK
+from saetools.sae.loss import Weights
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the most entries that the memory of any result had room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.n_entries = max(self.n_entries, _room(tensor))
+        return out
+
+
+def _room(tensor: torch.Tensor) -> int:
+    if tensor.layout == torch.sparse_csr:
+        return tensor._nnz()
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+@pytest.fixture
+def largest_tensor() -> Callable[[], Any]:
+    """`with largest_tensor() as largest: ...`, then `largest.n_entries`."""
+
+    @contextmanager
+    def spy() -> Iterator[_LargestTensor]:
+        with _LargestTensor() as mode:
+            yield mode
+
+    return spy
+
+
+def random_weights(d_in: int, d_sae: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    decoder = torch.nn.functional.normalize(randn(d_sae, d_in), dim=1)
+    return Weights(decoder + 0.1 * randn(d_sae, d_in), decoder, 0.1 * randn(d_sae), randn(d_in))
+
+
+@pytest.fixture
+def make_weights() -> Callable[..., Weights]:
+    """`make_weights(d_in, d_sae, seed=0, dtype=float32)`."""
+    return random_weights
+
+
+@pytest.fixture
+def make_sae() -> Callable[..., SAE]:
+    """`make_sae(kind, d_in=16, d_sae=64, k=4)`: a random `topk`, `jumprelu` or `relu` SAE, decoder rows of any norm."""
+
+    def make(kind: str = "topk", *, d_in: int = 16, d_sae: int = 64, k: int = 4, **settings: Any) -> SAE:
+        thresholds = torch.linspace(0.2, 2, d_sae) if kind == "jumprelu" else torch.zeros(d_sae)
+        settings = {"metadata": SAEMetadata(model_name="tiny", site="blocks.1.hook_resid_post")} | settings
+        sae = SAE(d_in, d_sae, TopK(k) if kind == "topk" else JumpReLU(thresholds), **settings)
+        for name, value in vars(random_weights(d_in, d_sae)).items():
+            parameter = getattr(sae, name)
+            parameter.data.copy_(value * (torch.linspace(0.5, 2, d_sae)[:, None] if name == "W_dec" else 1))
+        return sae.eval().requires_grad_(False)
+
+    return make

@@ -1,0 +1,92 @@
+"""Encoding and decoding against the dense formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from saetools.errors import InputError
+from saetools.sae import SAE, TopK, sparse
+
+
+def dense_latents(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    pre = (x - sae.b_dec * sae.apply_b_dec_to_input) @ sae.W_enc + sae.b_enc
+    if isinstance(sae.nonlinearity, TopK):
+        kept = torch.zeros_like(pre).scatter_(1, pre.topk(sae.nonlinearity.k).indices, 1.0)
+        return pre.relu() * kept
+    return pre.relu() * (pre > sae.nonlinearity.threshold)
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_encode_and_decode_equal_the_dense_formulas(
+    make_sae: Callable[..., SAE], monkeypatch: pytest.MonkeyPatch, kind: str, centred: bool
+):
+    monkeypatch.setattr(sparse, "CHUNK_ELEMENTS", 64 * 9)
+    sae = make_sae(kind, apply_b_dec_to_input=centred)
+    x = 3 * torch.randn(50, 16)
+    latents, dense = sae.encode(x), dense_latents(sae, x)
+    torch.testing.assert_close(latents.to_dense(), dense)
+    torch.testing.assert_close(sae.decode(latents), dense @ sae.W_dec + sae.b_dec)
+    torch.testing.assert_close(sae(x), dense @ sae.W_dec + sae.b_dec)
+    assert sae(x.view(5, 10, 16)).shape == (5, 10, 16)
+    assert torch.equal(latents.counts(), (dense > 0).sum(0).float())
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_a_batch_is_encoded_like_its_tokens(make_sae: Callable[..., SAE], kind: str):
+    sae, x = make_sae(kind), torch.randn(20, 16)
+    together = sae.encode(x).to_dense()
+    alone = torch.cat([sae.encode(x[i : i + 1]).to_dense() for i in range(20)])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_tokens_without_active_latents(make_sae: Callable[..., SAE], kind: str):
+    sae = make_sae(kind)
+    sae.b_enc.fill_(-1000)
+    x = torch.randn(6, 16)
+    assert not sae.encode(x).values.any()
+    assert torch.equal(sae(x), sae.b_dec.expand(6, 16))
+    assert sae(torch.zeros(0, 16)).shape == (0, 16)
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_no_dense_matrix_is_built(
+    make_sae: Callable[..., SAE], largest_tensor: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    monkeypatch.setattr(sparse, "CHUNK_ELEMENTS", 1024 * 8)
+    sae = make_sae(kind, d_sae=1024)
+    if kind == "jumprelu":
+        sae.nonlinearity.threshold.fill_(9.0)
+    x = torch.randn(512, 16)
+    with largest_tensor() as largest:
+        sae(x)
+    assert 1024 * 8 <= largest.n_entries <= 1024 * 16 < 512 * 1024  # a chunk, or the weights
+
+
+def test_bfloat16_weights(make_sae: Callable[..., SAE]):
+    sae, x = make_sae("topk", dtype=torch.bfloat16), torch.randn(30, 16)
+    assert sae.encode(x).values.dtype == sae(x).dtype == torch.bfloat16
+    assert (sae(x) - make_sae("topk")(x)).norm() < 0.3 * x.norm()
+
+
+def test_directions_have_length_one(make_sae: Callable[..., SAE]):
+    sae = make_sae()
+    sae.W_dec[3] = 0
+    norms = sae.directions().norm(dim=1)
+    torch.testing.assert_close(norms[torch.arange(64) != 3], torch.ones(63))
+    assert norms[3] == 0
+
+
+def test_wrong_shapes_and_k(make_sae: Callable[..., SAE]):
+    sae = make_sae()
+    with pytest.raises(InputError, match=r"\[token, 16\], received \(2, 17\).*blocks\.1\.hook_resid_post"):
+        sae.encode(torch.zeros(2, 17))
+    with pytest.raises(InputError, match="k: expected 1 or more"):
+        TopK(0)
+    with pytest.raises(InputError, match="at most d_sae = 8, received 9"):
+        SAE(4, 8, TopK(9))

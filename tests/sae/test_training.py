@@ -1,0 +1,294 @@
+"""The training loop: what it learns, what it writes, and that a killed run ends in the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planted import D_MODEL, Planted
+from safetensors.torch import load_file
+
+from saetools.errors import InputError, IntegrityError, NonFiniteError
+from saetools.sae import SAEMetadata, TrainConfig, load_sae, train, train_sae
+from saetools.sae.loss import topk_step
+
+QUICK = TrainConfig(
+    d_sae=48, k=3, n_tokens=40 * 64, batch_size=64, warmup_steps=5, checkpoint_every=7, log_every=1, lr=2e-3
+)
+"""40 steps over three epochs."""
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted quick run."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_sae(Planted(), QUICK, folder)
+    return folder
+
+
+# What it learns
+
+
+def test_planted_features_are_found(tmp_path: Path):
+    config = TrainConfig(
+        d_sae=72, k=3, n_tokens=1500 * 256, batch_size=256, lr=3e-3, warmup_steps=50, dead_after_tokens=20_000, k_aux=16
+    )
+    source = Planted()
+    sae = train_sae(source, config, tmp_path)
+    cosines = (source.directions @ sae.directions().T).max(1).values
+    assert cosines.mean() > 0.9
+    x = source.draw(2000, seed=12345)
+    fvu = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert fvu < 0.1
+    assert log_of(tmp_path)[-1]["fvu"] == pytest.approx(float(fvu), abs=0.03)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(72))
+
+
+def test_auxiliary_loss_revives_dead_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    initialise = train._initialise
+
+    def with_dead(*args: Any) -> Any:
+        state = initialise(*args)
+        state.weights.encoder[:40] *= 0.1  # these hardly ever come into the top k by themselves
+        state.weights.b_enc[40:] = 2.0
+        return state
+
+    monkeypatch.setattr(train, "_initialise", with_dead)
+    base = dataclasses.replace(QUICK, n_tokens=300 * 64, dead_after_tokens=1000, k_aux=16, lr=0.01, log_every=10)
+    dead = {}
+    for coefficient in (0.0, 1 / 4):
+        folder = tmp_path / str(coefficient)
+        train_sae(Planted(), dataclasses.replace(base, aux_coefficient=coefficient), folder)
+        dead[coefficient] = log_of(folder)[-1]["dead"]
+    assert dead[0.0] > 0.7
+    assert dead[1 / 4] < 0.3
+
+
+# What it writes
+
+
+def test_scale_and_centre_are_folded_into_the_saved_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    states = []
+    fold = train._fold
+    monkeypatch.setattr(train, "_fold", lambda state, *rest: states.append(state) or fold(state, *rest))
+    sae = train_sae(Planted(), QUICK, tmp_path)
+    (state,) = states
+    x = Planted().draw(100, seed=5)
+    assert (x * state.scale).norm(dim=1).mean() == pytest.approx(math.sqrt(D_MODEL), rel=0.05)
+    scaled = topk_step(x * state.scale, state.weights, QUICK.k)
+    latents = sae.encode(x)
+    assert torch.equal(latents.to_dense() > 0, torch.zeros(100, 48).scatter_(1, scaled.indices, scaled.values) > 0)
+    sums = torch.zeros(48).index_add_(0, scaled.indices.flatten(), scaled.values.flatten())
+    torch.testing.assert_close(latents.sums() * state.scale, sums, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(x) * state.scale, x * state.scale - scaled.error, rtol=1e-4, atol=1e-4)
+    assert sae.metadata.median_norm == pytest.approx(float(x.norm(dim=1).median()), rel=0.1)
+
+
+def test_result_and_log(finished: Path):
+    sae = load_sae(finished)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
+    assert sae.metadata.provenance["train"] == dataclasses.asdict(QUICK)
+    log = log_of(finished)
+    assert [line["step"] for line in log] == list(range(1, 41))
+    assert log[-1]["fvu"] < log[0]["fvu"]
+    assert all(0 < line["l0"] <= 3 and line["n_steps"] == 40 and line["tokens_per_second"] > 0 for line in log)
+    rates = [line["lr"] for line in log]
+    assert rates[:5] == pytest.approx([QUICK.lr * step / 5 for step in range(1, 6)])
+    assert rates[5:29] == pytest.approx([QUICK.lr] * 24)
+    assert rates[28:] == pytest.approx([QUICK.lr * left / 12 for left in range(12, 0, -1)])
+
+
+def test_log_counts_fvu_l0_and_outliers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class WithOutliers(Planted):
+        def draw(self, n_tokens: int, seed: int) -> torch.Tensor:
+            x = super().draw(n_tokens, seed)
+            x[::16] *= 1000
+            return x
+
+    steps = []
+    step = train.topk_step
+
+    def spy(x: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        result = step(x, *args, **settings)
+        steps.append((x, result.error.clone(), result.values.clone()))
+        return result
+
+    monkeypatch.setattr(train, "topk_step", spy)
+    config = dataclasses.replace(QUICK, n_tokens=10 * 64, log_every=5)
+    sae = train_sae(WithOutliers(), config, tmp_path)
+    for line, done in zip(log_of(tmp_path), (steps[:5], steps[5:]), strict=True):
+        variance = sum(float((x - x.mean(0)).square().sum()) for x, _, _ in done)
+        assert line["fvu"] == pytest.approx(sum(float(e.square().sum()) for _, e, _ in done) / variance, rel=1e-3)
+        assert line["l0"] == pytest.approx(sum(float((v > 0).sum()) for _, _, v in done) / (5 * 60))
+        assert line["outliers"] == 4 / 64
+    assert sae.metadata.median_norm < 300
+
+
+def test_progress_is_the_log(tmp_path: Path):
+    seen: list[train.Progress] = []
+    train_sae(Planted(), QUICK, tmp_path, on_progress=seen.append)
+    assert [dataclasses.asdict(progress) for progress in seen] == log_of(tmp_path)
+
+
+# Resuming
+
+
+def test_a_killed_run_ends_in_the_same_bytes(finished: Path, tmp_path: Path):
+    command = [sys.executable, str(Path(__file__).with_name("planted.py")), str(tmp_path)]
+    command.append(json.dumps(dataclasses.asdict(QUICK)))
+    steps = []
+    for _ in range(2):
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            for _ in range(random.Random().randint(1, 15)):
+                steps.append(int(process.stdout.readline()))
+                process.stdin.write("\n")
+                process.stdin.flush()
+            time.sleep(random.Random().uniform(0, 0.005))  # somewhere in the next step, or in its checkpoint
+            process.kill()
+        assert not (tmp_path / WEIGHTS).exists()
+    train_sae(Planted(), QUICK, tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes(), f"killed after steps {steps}"
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 41))
+    figures = [{key: line[key] for key in ("fvu", "l0", "dead", "lr")} for line in log_of(tmp_path)]
+    assert figures == [{key: line[key] for key in ("fvu", "l0", "dead", "lr")} for line in log_of(finished)]
+
+
+def interrupt(folder: Path, at_step: int, source: Any = None, **settings: Any) -> None:
+    """Train until `at_step`, then break off."""
+
+    def stop(progress: train.Progress) -> None:
+        if progress.step == at_step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(source or Planted(), QUICK, folder, on_progress=stop, **settings)
+
+
+@pytest.mark.parametrize("step", [1, 7, 16, 17, 39, 40])
+def test_an_interrupted_run_ends_in_the_same_bytes(finished: Path, tmp_path: Path, step: int):
+    interrupt(tmp_path, step)
+    with (tmp_path / "train.jsonl").open("a") as log:
+        log.write('{"step": 4')  # a line cut short
+    train_sae(Planted(), QUICK, tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 41))
+
+
+def test_a_finished_run_is_not_done_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = (finished / WEIGHTS).read_bytes()
+    monkeypatch.setattr(train, "topk_step", None)
+    train_sae(Planted(), QUICK, finished)
+    assert (finished / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "metadata", "source", "words"),
+    [
+        ({"lr": 1e-3, "k": 2}, {}, Planted(), "where k, lr differ"),
+        ({}, {"site": "blocks.1.hook_resid_post"}, Planted(), "where site differ"),
+        ({}, {"model_name": "other"}, Planted(), "where model_name differ"),
+        ({}, {}, Planted(n_batches_=9), "where steps_per_epoch differ"),
+    ],
+)
+def test_a_folder_of_another_run(
+    tmp_path: Path, changes: dict[str, Any], metadata: dict[str, str], source: Planted, words: str
+):
+    interrupt(tmp_path, 8)
+    with pytest.raises(InputError, match=f"equal settings, received .*{words}"):
+        train_sae(source, dataclasses.replace(QUICK, **changes), tmp_path, metadata=SAEMetadata(**metadata))
+
+
+def test_a_damaged_checkpoint(tmp_path: Path):
+    interrupt(tmp_path, 8)
+    file = tmp_path / "checkpoint.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], b"", whole.replace(b'"scale"', b'"skale"')):
+        file.write_bytes(damaged)
+        with pytest.raises(IntegrityError, match=r"is damaged .*; delete it to start again"):
+            train_sae(Planted(), QUICK, tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    interrupt(tmp_path, 8)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+
+    def half(tensors: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        train_sae(Planted(), QUICK, tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# What cannot be trained
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite(finished: Path, tmp_path: Path, bad: float):
+    class Spoilt(Planted):
+        def draw(self, n_tokens: int, seed: int) -> torch.Tensor:
+            x = super().draw(n_tokens, seed)
+            if seed == 1002:  # the third batch of the second epoch
+                x[3, 5] = bad
+            return x
+
+    with pytest.raises(
+        NonFiniteError, match=r"activations are not finite at step 18; the last checkpoint in .* stands"
+    ):
+        train_sae(Spoilt(), QUICK, tmp_path)
+    assert len(load_file(tmp_path / "checkpoint.safetensors")) == 13
+    train_sae(Planted(), QUICK, tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+def test_a_sample_that_is_not_finite(tmp_path: Path):
+    class Spoilt(Planted):
+        def sample(self, n_tokens: int, *, seed: int) -> torch.Tensor:
+            return super().sample(n_tokens, seed=seed) * torch.nan
+
+    with pytest.raises(NonFiniteError, match="not finite in the sample"):
+        train_sae(Spoilt(), QUICK, tmp_path)
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path):
+    with pytest.raises(NonFiniteError, match=r"the loss is not finite at step .*Lower lr"):
+        train_sae(Planted(), dataclasses.replace(QUICK, lr=1e30), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 10_000}, "config.batch_size: expected at most"),
+        ({"n_tokens": 10}, "config.batch_size: expected at most"),
+        ({"encode_dtype": "float16"}, "config.encode_dtype: expected float32 or bfloat16, received 'float16'"),
+        ({"k": 49}, "config.k: expected at most d_sae = 48"),
+    ],
+)
+def test_impossible_settings(tmp_path: Path, changes: dict[str, Any], words: str):
+    with pytest.raises(InputError, match=words):
+        train_sae(Planted(), dataclasses.replace(QUICK, **changes), tmp_path)
+
+
+def test_both_encode_dtypes_learn_alike(finished: Path, tmp_path: Path):
+    train_sae(Planted(), dataclasses.replace(QUICK, encode_dtype="float32"), tmp_path)
+    assert log_of(tmp_path)[-1]["fvu"] == pytest.approx(log_of(finished)[-1]["fvu"], rel=0.05)
