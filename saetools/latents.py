@@ -38,31 +38,35 @@ class LatentStatistics:
 def measure_latents(sae: SAE, blocks: Iterable[ActivationBlock], site: Site) -> LatentStatistics:
     """Statistics of every latent over blocks of activations of the base model.
 
-    Only active (latent, value) pairs are kept, about 12 bytes each: 400 MB for a million tokens at k 32.
+    Active (latent, value) pairs are kept to be sorted, at 16 bytes each: 500 MB for a million tokens at k 32.
 
     Raises:
         InputError: if there are no tokens.
     """
-    latents, values, norms = [], [], []
+    pairs, norms = [], []
+    sums = torch.zeros(sae.d_sae, dtype=torch.float64)
     for block in blocks:
         acts = block.acts[site].to(sae.W_dec.device)
-        norms.append(acts.float().norm(dim=1).cpu())
+        norms.append(torch.linalg.vector_norm(acts.float(), dim=1).cpu())
         sparse = sae.encode(acts)
-        active = sparse.values > 0
-        latents.append(sparse.indices[active].int().cpu())
-        values.append(sparse.values[active].float().cpu())
+        sums += sparse.sums().double().cpu()
+        used = sparse.values > 0
+        # One integer a pair, latent above value: positive floats order as the integers of their bits do.
+        bits = sparse.values[used].float().view(torch.int32)
+        pairs.append((sparse.indices[used] << 32 | bits).cpu())
     n_tokens = sum(map(len, norms))
     if not n_tokens:
         raise InputError("blocks", expected="at least one token", received="none", remedy="pass activations")
-    all_latents, all_values = torch.cat(latents).long(), torch.cat(values)
-    counts = torch.bincount(all_latents, minlength=sae.d_sae)
-    sums = torch.zeros(sae.d_sae).index_add_(0, all_latents, all_values)
-    by_value = torch.argsort(all_values)
-    ordered = all_values[by_value][torch.argsort(all_latents[by_value], stable=True)]
-    starts = counts.cumsum(0) - counts
-    places = (starts + (0.99 * (counts - 1).clamp_min(0)).round().long()).clamp_max(max(len(ordered) - 1, 0))
-    p99 = torch.where(counts > 0, ordered[places], 0.0) if len(ordered) else torch.zeros(sae.d_sae)
-    return LatentStatistics(counts / n_tokens, sums / n_tokens, p99, n_tokens, float(torch.cat(norms).median()))
+    ordered = torch.cat(pairs)
+    ordered.numpy().sort()
+    ends = torch.searchsorted(ordered, torch.arange(sae.d_sae + 1) << 32)
+    counts = ends.diff()
+    places = ends[:-1] + (0.99 * (counts - 1).double()).round().long()
+    active = counts > 0
+    p99 = torch.zeros(sae.d_sae)
+    p99[active] = (ordered[places[active]] & 0xFFFFFFFF).int().view(torch.float32)
+    mean = (sums / n_tokens).float()
+    return LatentStatistics(counts / n_tokens, mean, p99, n_tokens, float(torch.cat(norms).median()))
 
 
 def with_statistics(sae: SAE, statistics: LatentStatistics) -> SAE:

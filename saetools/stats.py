@@ -37,7 +37,7 @@ def bootstrap_weights(n: int, n_resamples: int, *, seed: int) -> Float[Tensor, "
     """How often each of n units is drawn in each bootstrap resample, divided by n."""
     generator = torch.Generator().manual_seed(seed)
     drawn: Int[Tensor, "resample n"] = torch.randint(n, (n_resamples, n), generator=generator)
-    counts = torch.zeros(n_resamples, n).scatter_add_(1, drawn, torch.ones(n_resamples, n))
+    counts = torch.zeros(n_resamples, n).scatter_add_(1, drawn, torch.ones(1, 1).expand(n_resamples, n))
     return counts / n
 
 
