@@ -20,7 +20,8 @@ from torch import Tensor
 from saetools.activations.stream import stream_activations
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
-from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, render, tokenize
+from saetools.data.template import render
+from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize
 from saetools.errors import InputError, IntegrityError
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair
@@ -160,7 +161,8 @@ def diff_latents(
         on_progress: called with conversations done and in all.
 
     Raises:
-        InputError: for models that cannot be compared or split the conversations into other tokens, or fewer than two conversations with such tokens.
+        InputError: for models that cannot be compared or that split the conversations into other tokens, or fewer than
+            two conversations with such tokens.
     """
     site = site or sae_site(sae)
     if sae.d_in != base.d_model:
