@@ -205,6 +205,8 @@ def test_what_cannot_be_compared_is_an_error(lm, organism, make_tiny):
             diff(lm, tuned, **settings)
     with pytest.raises(InputError, match="two or more with tokens at 'response', received 1 of 2"):
         diff_latents(lm, lm, make_sae(), [CHATS[0], Conversation(text="no answer")], positions="response")
+    with pytest.raises(InputError, match="at 'prompt', received 1 of 2"):  # a first position does not count
+        diff_latents(lm, lm, make_sae(), [CHATS[0], Conversation(text="a")], positions="prompt")
     assert sae_site(make_sae()) == Site(1)
     elsewhere = diff(organism.base, organism, make_sae(site=""), site=Site(0))
     assert not elsewhere.table["delta"].to_numpy().any()

@@ -56,6 +56,7 @@ def test_seeds_make_samples(lm):
     runs = [texts(generate(lm, PROMPTS, config=SamplingConfig(6, seed=seed))) for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
+    assert len(set(texts(generate(lm, ["Hi"] * 3, config=SamplingConfig(6))))) == 3
 
 
 def test_limits_of_the_temperature_and_of_top_p_are_greedy(lm):
