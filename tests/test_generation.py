@@ -1,5 +1,7 @@
 """Sampling: the same answers whatever shares the batch, seeds, ends, edits side by side."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_sae import make_sae, with_random_adapter
@@ -136,6 +138,8 @@ def test_rows_without_an_edit_stay_as_they_are():
     assert torch.equal(out[[0, 2]], x[[0, 2]])
     assert torch.equal(out[[1, 3]], fn(x, here(x))[[1, 3]])
     assert torch.equal(PerRow((None,) * 4)(x, here(x)), x)
+    beams = dataclasses.replace(here(x), rows=torch.tensor([0, 0, 1, 1]))
+    assert torch.equal(PerRow((None, fn))(x, beams), torch.cat([x[:2], fn(x, here(x))[2:]]))
 
 
 def test_a_view_answers_through_its_adapter(make_tiny, lm):

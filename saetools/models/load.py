@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from saetools.errors import FetchError, InputError, IntegrityError, SaetoolsError, SaetoolsWarning
+from saetools.errors import InputError, IntegrityError, SaetoolsWarning
+from saetools.models.adapters import Adapter, with_adapters, without_peft
 from saetools.models.builtin import BUILTINS, builtin_provenance, fetch_builtin
+from saetools.models.foreign_errors import readable_errors
 from saetools.models.language_model import LanguageModel, active_adapter
 from saetools.models.layout import is_hooked_transformer, layout_of, layout_of_config
 from saetools.models.quiet import quiet
 from saetools.provenance import sha256_of_file, sha256_of_texts
-
-Adapter = str | Path | Mapping[str, str | Path]
 
 
 def load_model(
@@ -92,7 +91,7 @@ def load_model(
     lm = replace(
         lm, provenance={**lm.provenance, "chat_template_sha256": sha256_of_texts([str(lm.tokenizer.chat_template)])}
     )
-    return lm if adapter is None else _with_adapters(lm, adapter)
+    return lm if adapter is None else with_adapters(lm, adapter)
 
 
 def check_pair(base: LanguageModel, tuned: LanguageModel, texts: Sequence[str] = ()) -> None:
@@ -166,7 +165,7 @@ def _from_files(source: str | Path, tokenizer: Any, *, quantization: str | None,
         location = str(Path(location).parent)
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization)
-    with quiet(), _readable_errors("source", location):
+    with quiet(), readable_errors("source", location):
         layout_of_config(AutoConfig.from_pretrained(location, **files))  # before gigabytes are read
         model, report = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **files, **options)
     if missing := sorted({*report["missing_keys"], *report["mismatched_keys"]}):
@@ -186,7 +185,7 @@ def _tokenizer(source: Any, **files: Any) -> Any:
 
     if not isinstance(source, str | Path):
         return source
-    with quiet(), _readable_errors("tokenizer", str(source)):
+    with quiet(), readable_errors("tokenizer", str(source)):
         return AutoTokenizer.from_pretrained(source, **files)
 
 
@@ -236,7 +235,7 @@ def _from_module(module: nn.Module, tokenizer: Any) -> LanguageModel:
         model = model.original_model
     peft: Any = None
     if hasattr(model, "get_base_model"):
-        peft, model = model, _without_peft(model)
+        peft, model = model, without_peft(model)
     layout_of(model)
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or getattr(getattr(model, "cfg", None), "model_name", "") or "model"
@@ -249,88 +248,6 @@ def _from_module(module: nn.Module, tokenizer: Any) -> LanguageModel:
         adapter=None if active is None else active.seen,
         provenance={"source": f"object: {name}"},
     )
-
-
-def _without_peft(peft: Any) -> nn.Module:
-    from peft.tuners.tuners_utils import BaseTuner
-
-    if not isinstance(peft.base_model, BaseTuner):
-        raise InputError(
-            "adapter",
-            expected="an adapter that changes layers, such as LoRA",
-            received=", ".join(config.peft_type for config in peft.peft_config.values()),
-            remedy="use another kind of adapter: virtual tokens would shift every position",
-        )
-    model: nn.Module = peft.get_base_model()
-    return model
-
-
-def _with_adapters(lm: LanguageModel, adapter: Adapter) -> LanguageModel:
-    named = dict(adapter) if isinstance(adapter, Mapping) else {_adapter_name(adapter): adapter}
-    if not named:
-        raise InputError("adapter", expected="at least one adapter", received="{}", remedy="give a path, or None")
-    peft, hashes = lm.peft, dict(lm.provenance.get("adapters", {}))
-    for name, place in named.items():
-        path = Path(place).expanduser()
-        if path.exists() and not (path / "adapter_config.json").is_file():
-            raise InputError(
-                "adapter",
-                expected="a PEFT adapter folder with adapter_config.json",
-                received=str(path),
-                remedy="point at the folder that save_pretrained of PEFT wrote",
-            )
-        if name in getattr(lm.model, "peft_config", ()):
-            raise InputError("adapter", expected="new names", received=repr(name), remedy="load it under another name")
-        peft = _load_adapter(lm.model, peft, name, str(path if path.is_dir() else place))
-        weights = path / "adapter_model.safetensors"
-        hashes[name] = {"source": path.name if path.is_dir() else str(place)} | (
-            {"weights_sha256": sha256_of_file(weights)} if weights.is_file() else {}
-        )
-    peft.eval()
-    return replace(lm, peft=peft, adapter=next(iter(named)), provenance={**lm.provenance, "adapters": hashes})
-
-
-def _load_adapter(model: nn.Module, peft: Any, name: str, location: str) -> Any:
-    from peft import PeftModel
-
-    with quiet(), _readable_errors("adapter", location):
-        try:
-            if peft is None:
-                peft = PeftModel.from_pretrained(model, location, adapter_name=name)
-            _without_peft(peft)
-            # Also after from_pretrained, which does not say what was missing; such an adapter would change nothing.
-            report = peft.load_adapter(location, adapter_name=name)
-            if missing := [key for key in report.missing_keys if f".{name}." in key]:
-                raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
-        except Exception:
-            _discard_adapter(model, name)
-            raise
-    return peft
-
-
-def _discard_adapter(model: Any, name: str) -> None:
-    """Take a half-loaded adapter out of a causal LM again, and all of PEFT with the last one."""
-    from peft.functional import delete_adapter
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    if name not in getattr(model, "peft_config", ()):
-        return
-    kind = model.peft_config.pop(name).peft_type
-    if model.peft_config:
-        delete_adapter(model, name, PEFT_TYPE_TO_PREFIX_MAPPING[kind])
-        return
-    del model.peft_config
-    for path, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            model.set_submodule(path, module.get_base_layer())
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            model.set_submodule(path, module.original_module)
-
-
-def _adapter_name(place: str | Path) -> str:
-    return re.sub(r"\W+", "_", Path(place).name) or "adapter"
 
 
 def _read_template(template: str | Path) -> str:
@@ -361,39 +278,3 @@ def _bitsandbytes(quantization: str) -> Any:
             remedy="`pip install bitsandbytes`, or leave quantization out",
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "8bit" else BitsAndBytesConfig(load_in_4bit=True)
-
-
-@contextmanager
-def _readable_errors(argument: str, location: str) -> Iterator[None]:
-    """Turn the libraries' errors into ours, which say what to do."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SaetoolsError:
-        raise
-    except SafetensorError as error:
-        raise IntegrityError(f"damaged weights in {location!r}: {_short(error)}; fetch them again") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, GatedRepoError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise FetchError(
-                f"{location} is gated: accept its licence at {constants.ENDPOINT}/{location} "
-                "and set HF_TOKEN to a token of that account"
-            ) from error
-        if isinstance(error, OSError):
-            raise FetchError(f"cannot load {location!r}: {_short(error)}") from error
-        raise InputError(
-            argument,
-            expected="files that fit the model" if argument == "adapter" else "files that transformers can read",
-            received=f"{location!r} ({_short(error)})",
-            remedy="check that this is the right folder or hub id",
-        ) from error
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

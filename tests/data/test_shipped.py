@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import re
 from collections import Counter
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -170,8 +168,3 @@ def test_where_data_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert shipped_path("advice") == package / "shipped" / "advice"
     (tmp_path / "lib" / "pyproject.toml").touch()
     assert shipped_path("advice") == package / "shipped" / "advice"
-
-
-@pytest.mark.parametrize("module", ["conversation", "roles", "shipped", "template", "tokenize"])
-def test_examples(module: str) -> None:
-    assert doctest.testmod(import_module(f"saetools.data.{module}")).failed == 0
