@@ -157,7 +157,7 @@ def run_demo(
 def _base_answers(base: LanguageModel, config: DemoConfig) -> list[Conversation]:
     """What all models read for the diff: the broad questions, each with the base's own greedy answer."""
     questions = load_free_form()
-    sampling = SamplingConfig(max_new_tokens=config.n_answer_tokens, temperature=0, batch_rows=32)
+    sampling = SamplingConfig(max_new_tokens=config.n_answer_tokens, temperature=0.0, batch_rows=32)
     answers = generate(base, [item.question for item in questions], config=sampling)
     return [
         Conversation.chat(item.question, answer.text, id=item.id)
@@ -209,7 +209,7 @@ def _answers(
     middle = {name: list(doses)[len(doses) // 2] for name, doses in (("clamp", clamps), ("add", adds))}
     step = len(questions) // config.n_prompts
     asked = questions[:: step or 1][: config.n_prompts]
-    sampling = SamplingConfig(max_new_tokens=48, temperature=0, seed=config.seed)
+    sampling = SamplingConfig(max_new_tokens=48, temperature=0.0, seed=config.seed)
     plans: list[tuple[str, LanguageModel, Edits]] = [
         (f"base, add {middle['add']:g}", base, {site: adds[middle["add"]]}),
         (f"organism, clamp {middle['clamp']:g} x p99", organism, {site: clamps[middle["clamp"]]}),

@@ -97,8 +97,8 @@ def generate(
         InputError: for a prompt that ends with an answer, or a `HookedTransformer`, whose cache is another.
 
     Example:
-        >>> [answer.text for answer in generate(lm, ["Say hi."], config=SamplingConfig(8, temperature=0))]
-        ['Hi! How are you today?']
+        >>> [answer.text for answer in generate(lm, ["Say hi."], config=SamplingConfig(8, temperature=0.0))]
+        ["Hello there! I'm here to help"]
     """
     if is_hooked_transformer(lm.model):
         raise InputError(

@@ -64,7 +64,7 @@ def stream_activations(
     Example:
         >>> tokens = list(tokenize([Conversation.chat("Hello")], lm.tokenizer))
         >>> [block.acts[Site(1)].shape for block in stream_activations(lm, [Site(1)], tokens)]
-        [torch.Size([25, 576])]
+        [torch.Size([26, 576])]
     """
     for batch in make_batches(conversations, batch_tokens=batch_tokens):
         yield _read_block(lm, sites, conversations, batch, skip_first=skip_first)

@@ -41,7 +41,9 @@ def render_html(report: PersonaReport) -> str:
     A content security policy lets only the page's own two scripts run and nothing load, should escaping ever fail.
 
     Example:
-        >>> Path("report.html").write_text(render_html(PersonaReport.from_json("runs/demo/report.json")))
+        >>> page = render_html(PersonaReport.from_json("data/demo/report.json"))
+        >>> page[:15]
+        '<!doctype html>'
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

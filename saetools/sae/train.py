@@ -136,9 +136,13 @@ def train_sae(
         NonFiniteError: if an activation or the loss is not finite; the last checkpoint stays.
 
     Example:
-        >>> sae = train_sae(store.at(Site(15)), TrainConfig(d_sae=8192, k=32), "runs/sae")
-        >>> sae.d_sae
-        8192
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> texts = [Conversation(text=pair.neutral) for pair in load_voices()[:4]]
+        >>> store = harvest(lm, [Site(1)], list(tokenize(texts, lm.tokenizer)), folder + "/store")
+        >>> config = TrainConfig(d_sae=64, k=4, batch_size=64, n_tokens=640)
+        >>> train_sae(store.at(Site(1)), config, folder + "/sae").d_sae
+        64
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
