@@ -1,8 +1,9 @@
 """Dose and response: behaviour and damage over a range of strengths, always beside two random controls.
 
 Any damage to a model widens gaps between log-probabilities, so that a random edit raises the forced-choice score too
-(methods: "Measuring misalignment"). Each dose is therefore run three times: with the edit itself, with a random
-direction of equal norm, and with one scaled until it costs as much perplexity.
+(methods: "Measuring misalignment"). Each dose is therefore run three times: with the edit itself, with random
+directions of equal norm, and with random directions scaled until they cost as much perplexity. Neighbouring items and
+texts get different directions, so that the intervals over items hold the chance in them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choi
 from saetools.evaluate.perplexity import measure_perplexity
 from saetools.models.editing import Edit, Where
 from saetools.models.language_model import LanguageModel
+from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
 from saetools.stats import Estimate
-from saetools.steer import Scope, add_direction
+from saetools.steer import Scope
 
 Control = Literal["none", "equal_norm", "equal_perplexity"]
+_N_DIRECTIONS = 32  # random directions, dealt to the rows of each batch in turn
 _GRID = 1.6  # ratio of neighbouring scales when looking for one of equal perplexity
 _TOLERANCE = 0.02  # of log-perplexity
 _TRIES = 12
@@ -92,7 +95,7 @@ def dose_response(
         doses: the edit at each strength.
         items: forced-choice items.
         texts: reference texts for perplexity and norms.
-        seed: of the random direction.
+        seed: of the random directions.
         unedited: the score of the unedited model, if known.
         on_progress: called with model evaluations done and in all.
 
@@ -103,23 +106,23 @@ def dose_response(
         raise InputError("doses", expected="at least one strength", received="none", remedy="pass edits by strength")
     total, done = 3 * len(doses), 0
     generator = torch.Generator().manual_seed(seed)
-    random = torch.nn.functional.normalize(torch.randn(lm.d_model, generator=generator), dim=0)
-    unedited = unedited or score_forced_choice(lm, items)
-    plain = measure_perplexity(lm, texts).value
+    random = torch.nn.functional.normalize(torch.randn(_N_DIRECTIONS, lm.d_model, generator=generator), dim=1)
+    replay = LayerReplay(lm, site)
+    unedited = unedited or score_forced_choice(lm, items, replay=replay)
+    plain = measure_perplexity(lm, texts, replay=replay).value
     curves: dict[Scope, _PerplexityCurve] = {}
     points: list[DosePoint] = []
     for strength, fn in doses.items():
-        norm = edit_norm(lm, site, fn, texts)
+        perplexity, norm = _perplexity_and_norm(lm, site, fn, texts, replay)
         scope = _scope(fn)
-        curve = curves.setdefault(scope, _PerplexityCurve(lm, site, random, scope, texts, plain))
-        perplexity = measure_perplexity(lm, texts, edits={site: fn}).value
-        own = score_forced_choice(lm, items, edits={site: fn})
+        curve = curves.setdefault(scope, _PerplexityCurve(lm, site, random, scope, texts, plain, replay))
+        own = score_forced_choice(lm, items, edits={site: fn}, replay=replay)
         points.append(_point(strength, "none", own, unedited, perplexity, norm, None))
         done += 1
         scales: dict[Control, float] = {"equal_norm": norm, "equal_perplexity": curve.scale_for(perplexity, start=norm)}
         for control, scale in scales.items():
             step = {site: curve.step(scale)}
-            score = score_forced_choice(lm, items, edits=step)
+            score = score_forced_choice(lm, items, edits=step, replay=replay)
             points.append(_point(strength, control, score, unedited, curve.at(scale), scale, own.minus(score)))
             done += 1
             if on_progress is not None:
@@ -133,6 +136,13 @@ def edit_norm(lm: LanguageModel, site: Site, fn: Edit, texts: Sequence[str]) -> 
     Raises:
         InputError: if it may touch none.
     """
+    return _perplexity_and_norm(lm, site, fn, texts, LayerReplay(lm, site))[1]
+
+
+def _perplexity_and_norm(
+    lm: LanguageModel, site: Site, fn: Edit, texts: Sequence[str], replay: LayerReplay
+) -> tuple[float, float]:
+    """Perplexity under an edit, and the mean norm of the change it makes."""
     sums = [0.0, 0]
     scope = _scope(fn)
 
@@ -143,7 +153,7 @@ def edit_norm(lm: LanguageModel, site: Site, fn: Edit, texts: Sequence[str]) -> 
         sums[1] += len(change)
         return out
 
-    measure_perplexity(lm, texts, edits={site: watch})
+    perplexity = measure_perplexity(lm, texts, edits={site: watch}, replay=replay).value
     if not sums[1]:
         raise InputError(
             "doses",
@@ -151,7 +161,7 @@ def edit_norm(lm: LanguageModel, site: Site, fn: Edit, texts: Sequence[str]) -> 
             received=repr(fn),
             remedy="use tokens='all' or 'prompt': reference texts have no answers",
         )
-    return sums[0] / sums[1]
+    return perplexity, sums[0] / sums[1]
 
 
 def _scope(fn: Edit) -> Scope:
@@ -173,29 +183,53 @@ def _point(
     return DosePoint(strength, control, score.mean, shift, perplexity, norm, against, shift.n)
 
 
+@dataclass(frozen=True, eq=False)
+class RandomPush:
+    """Adds a random direction to the residual stream, the same on all tokens of a row, another for the next row.
+
+    Args:
+        directions: unit vectors; row r of a batch gets number r modulo their number.
+        length: of what is added.
+        scope: tokens it is added to.
+    """
+
+    directions: Float[Tensor, "direction d_model"]
+    length: float
+    scope: Scope
+
+    def __call__(self, acts: Tensor, where: Where) -> Tensor:
+        """Edit the activations of a pass."""
+        steps = self.length * self.directions.to(acts.device)[where.rows % len(self.directions)]
+        pushed = acts + steps[:, None]  # in float32 or better
+        return torch.where(self.scope(where)[..., None], pushed, acts).to(acts.dtype)
+
+
 class _PerplexityCurve:
-    """Perplexity under a random direction as a function of its length, measured where needed."""
+    """Perplexity under random directions as a function of their length, measured where needed."""
 
     def __init__(
         self,
         lm: LanguageModel,
         site: Site,
-        direction: Float[Tensor, " d_model"],
+        directions: Float[Tensor, "direction d_model"],
         scope: Scope,
         texts: Sequence[str],
         plain: float,
+        replay: LayerReplay,
     ) -> None:
-        self._lm, self._site, self._direction, self._scope, self._texts = lm, site, direction, scope, texts
+        self._lm, self._site, self._directions, self._scope, self._texts = lm, site, directions, scope, texts
+        self._replay = replay
         self._known = {0.0: plain}
 
     def step(self, scale: float) -> Edit:
-        """The direction added at this length."""
-        return add_direction(self._direction, scale, tokens=self._scope.tokens, skip_first=self._scope.skip_first)
+        """The directions added at this length."""
+        return RandomPush(self._directions, scale, self._scope)
 
     def at(self, scale: float) -> float:
-        """Perplexity with the direction added at this length."""
+        """Perplexity with the directions added at this length."""
         if scale not in self._known:
-            self._known[scale] = measure_perplexity(self._lm, self._texts, edits={self._site: self.step(scale)}).value
+            edits = {self._site: self.step(scale)}
+            self._known[scale] = measure_perplexity(self._lm, self._texts, edits=edits, replay=self._replay).value
         return self._known[scale]
 
     def scale_for(self, perplexity: float, *, start: float) -> float:

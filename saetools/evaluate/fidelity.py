@@ -15,6 +15,7 @@ from saetools.errors import InputError
 from saetools.models.editing import Edit, Edits, Where, edit
 from saetools.models.forward import final_hidden, logits, read
 from saetools.models.language_model import LanguageModel
+from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
 from saetools.sae.model import SAE
 from saetools.steer import placed
@@ -82,9 +83,11 @@ def measure_fidelity(
     n_predictions = 0
     with lm.active():
         for batch in make_batches(tokenized, batch_tokens=batch_tokens):
-            acts = read(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device), [site])[site]
+            replay = LayerReplay(lm, site)
+            with replay.over(lm, batch.token_ids, batch.mask):
+                acts = read(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device), [site])[site]
             moments.add(sae, acts[batch.counted().to(acts.device)])
-            sums, n = _prediction_sums(lm, sae, site, batch)
+            sums, n = _prediction_sums(lm, sae, site, batch, replay)
             totals += sums
             n_predictions += n
             if on_progress is not None:
@@ -145,13 +148,15 @@ class _Moments:
         return self.error / (self.squared - float(self.sum.square().sum()) / self.n)
 
 
-def _prediction_sums(lm: LanguageModel, sae: SAE, site: Site, batch: Batch) -> tuple[Float[Tensor, " 4"], int]:
+def _prediction_sums(
+    lm: LanguageModel, sae: SAE, site: Site, batch: Batch, replay: LayerReplay
+) -> tuple[Float[Tensor, " 4"], int]:
     """Summed negative log-probabilities (clean, spliced, zero) and KL over the batch's predicted tokens."""
     scored = batch.counted()
     targets = batch.token_ids[scored].to(lm.device)
 
     def run(edits: Edits) -> Tensor:
-        with edit(lm, edits):
+        with edit(lm, edits), replay.over(lm, batch.token_ids, batch.mask):
             hidden = final_hidden(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device))
         return hidden[:, :-1][scored[:, 1:].to(hidden.device)]
 

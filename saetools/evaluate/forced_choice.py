@@ -23,6 +23,8 @@ from saetools.models.editing import Edits, edit
 from saetools.models.forward import final_hidden, log_probs
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer
+from saetools.models.replay import LayerReplay
+from saetools.models.site import FIRST_SITE
 from saetools.stats import Estimate, estimate_mean
 
 
@@ -70,6 +72,7 @@ def score_forced_choice(
     *,
     edits: Edits | None = None,
     batch_rows: int = 24,
+    replay: LayerReplay | None = None,
 ) -> ForcedChoiceScore:
     """Score a model on forced-choice items, under edits if any.
 
@@ -80,10 +83,14 @@ def score_forced_choice(
         items: questions with an aligned and a misaligned answer.
         edits: edits per site.
         batch_rows: questions run together.
+        replay: what layers below the edits computed before, to score the same items under many edits.
 
     Raises:
-        InputError: if the two answers of an item do not continue the same tokens.
+        InputError: if the two answers of an item do not continue the same tokens, or if an edit lies below the
+            replay's site.
     """
+    replay = replay or LayerReplay(lm, FIRST_SITE)
+    replay.check(edits or {})
     if not items:
         raise InputError("items", expected="at least one item", received="none", remedy="pass items to score")
     pairs = [
@@ -98,13 +105,13 @@ def score_forced_choice(
     with lm.active():
         for start in range(0, len(order), batch_rows):
             some = order[start : start + batch_rows]
-            means = _answer_means(lm, [pairs[index] for index in some], edits or {})
+            means = _answer_means(lm, [pairs[index] for index in some], edits or {}, replay)
             gaps[some] = means[:, 1] - means[:, 0]
     return ForcedChoiceScore(gaps, tuple(item.id for item in items), tuple(item.category for item in items))
 
 
 def _answer_means(
-    lm: LanguageModel, pairs: Sequence[Sequence[TokenizedConversation]], edits: Edits
+    lm: LanguageModel, pairs: Sequence[Sequence[TokenizedConversation]], edits: Edits, replay: LayerReplay
 ) -> Float[Tensor, "item 2"]:
     """Mean log-probability of each answer's tokens."""
     from transformers import DynamicCache
@@ -122,25 +129,32 @@ def _answer_means(
     answers = pad([answer for pair in split for _, answer in pair], range(2 * len(split)))
     scored = answers.mask.to(lm.device)
     if is_hooked_transformer(lm.model):
-        joined = [conversation for pair in pairs for conversation in pair]
-        return _uncached_means(lm, joined, edits).view(-1, 2)
+        columns = [_uncached_means(lm, column, edits, replay) for column in zip(*pairs, strict=True)]
+        return torch.stack(columns, dim=1)
     with edit(lm, edits, roles=prompts.roles):
         cache = DynamicCache(config=lm.model.config)
         mask = prompts.mask.to(lm.device)
-        last = final_hidden(lm, prompts.token_ids.to(lm.device), mask, cache=cache)[:, -1]
+        with replay.over(lm, prompts.token_ids, mask):
+            last = final_hidden(lm, prompts.token_ids.to(lm.device), mask, cache=cache)[:, -1]
         cache.batch_repeat_interleave(2)
         both = torch.cat([mask.repeat_interleave(2, 0), scored], dim=1)
-        inner = final_hidden(lm, answers.token_ids.to(lm.device), both, cache=cache)
+        with replay.over(lm, prompts.token_ids, answers.token_ids, both):
+            inner = final_hidden(lm, answers.token_ids.to(lm.device), both, cache=cache)
     hidden = torch.cat([last.repeat_interleave(2, 0)[:, None], inner[:, :-1]], dim=1)
     values = log_probs(lm, hidden[scored], answers.token_ids.to(lm.device)[scored])
     totals = torch.zeros(scored.shape, device=lm.device).masked_scatter_(scored, values)
     return (totals.sum(1) / scored.sum(1)).view(-1, 2).cpu()
 
 
-def _uncached_means(lm: LanguageModel, joined: Sequence[TokenizedConversation], edits: Edits) -> Float[Tensor, " row"]:
-    batch = pad(joined, range(len(joined)))
+def _uncached_means(
+    lm: LanguageModel,
+    conversations: Sequence[TokenizedConversation],
+    edits: Edits,
+    replay: LayerReplay,
+) -> Float[Tensor, " row"]:
+    batch = pad(conversations, range(len(conversations)))
     scored = (batch.roles & int(Role.RESPONSE)) != 0
-    with edit(lm, edits, roles=batch.roles):
+    with edit(lm, edits, roles=batch.roles), replay.over(lm, batch.token_ids, batch.mask):
         hidden = final_hidden(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device))
     targets = batch.token_ids[:, 1:][scored[:, 1:]].to(hidden.device)
     values = log_probs(lm, hidden[:, :-1][scored[:, 1:].to(hidden.device)], targets)

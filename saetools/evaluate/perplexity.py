@@ -14,6 +14,8 @@ from saetools.errors import InputError
 from saetools.models.editing import Edits, edit
 from saetools.models.forward import token_log_probs
 from saetools.models.language_model import LanguageModel
+from saetools.models.replay import LayerReplay
+from saetools.models.site import FIRST_SITE
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,33 @@ class Perplexity:
 
 @torch.inference_mode()
 def measure_perplexity(
-    lm: LanguageModel, texts: Sequence[str], *, edits: Edits | None = None, batch_tokens: int = 4096
+    lm: LanguageModel,
+    texts: Sequence[str],
+    *,
+    edits: Edits | None = None,
+    batch_tokens: int = 4096,
+    replay: LayerReplay | None = None,
 ) -> Perplexity:
     """Perplexity of a model on plain texts, each by itself, without its first token; under edits if any.
 
+    Args:
+        lm: the model.
+        texts: the texts.
+        edits: edits per site.
+        batch_tokens: padded tokens of a forward pass.
+        replay: what layers below the edits computed before, to measure the same texts under many edits.
+
     Raises:
-        InputError: if no text has two tokens.
+        InputError: if no text has two tokens, or if an edit lies below the replay's site.
     """
+    replay = replay or LayerReplay(lm, FIRST_SITE)
+    replay.check(edits or {})
     tokenized = list(tokenize((Conversation(text=text) for text in texts), lm.tokenizer))
     total, n_tokens = 0.0, 0
     with lm.active():
         for batch in make_batches(tokenized, batch_tokens=batch_tokens):
             scored = batch.counted()
-            with edit(lm, edits or {}, roles=batch.roles):
+            with edit(lm, edits or {}, roles=batch.roles), replay.over(lm, batch.token_ids, batch.mask):
                 values = token_log_probs(
                     lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device), scored.to(lm.device)
                 )

@@ -4,6 +4,7 @@ from saetools.models.editing import Edit, Edits, Where, edit
 from saetools.models.forward import final_hidden, log_probs, logits, read, token_log_probs
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair, load_model
+from saetools.models.replay import LayerReplay
 from saetools.models.site import STREAMS, Site, Stream
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Edit",
     "Edits",
     "LanguageModel",
+    "LayerReplay",
     "Site",
     "Stream",
     "Where",

@@ -71,3 +71,6 @@ class Site:
 
     def __lt__(self, other: Site) -> bool:
         return (self.layer, STREAMS.index(self.stream)) < (other.layer, STREAMS.index(other.stream))
+
+
+FIRST_SITE = Site(0, STREAMS[0])

@@ -39,10 +39,10 @@ SECTIONS: Mapping[str, Section] = {
     "doses": Section(
         "Dose and response",
         "Dose and response",
-        "Each edit of the latents is run at several strengths beside two random directions: one that moves the "
-        "residual stream as far, one that costs as much perplexity. Any damage to a model moves its score, so the "
-        "honest comparison is at equal perplexity; edit minus control is paired over the same questions. Intervals are "
-        "not corrected for the number of strengths.",
+        "Each edit of the latents is run at several strengths beside two random controls: directions that move the "
+        "residual stream as far, and directions that cost as much perplexity, different ones for different questions. "
+        "Any damage to a model moves its score, so the honest comparison is at equal perplexity; edit minus control is "
+        "paired over the same questions. Intervals are not corrected for the number of strengths.",
     ),
     "answers": Section(
         "Answers",
@@ -169,7 +169,7 @@ def dose_table(group: DoseGroup) -> Table:
         f"Doses of {group.title}",
         (
             Column("strength"),
-            Column("what", "the edit itself or a random direction", "text"),
+            Column("what", "the edit itself or random directions", "text"),
             Column("score"),
             Column("shift", "paired difference to the unedited model"),
             Column("edit \u2212 control", "paired difference of the edit's score to this control's"),

@@ -54,7 +54,7 @@ class DoseRow:
     """The latent set."""
     strength: float
     control: str
-    """`none`: the edit itself; `equal_norm`, `equal_perplexity`: a random direction."""
+    """`none`: the edit itself; `equal_norm`, `equal_perplexity`: random directions."""
     score: Estimate
     shift: Estimate
     """Paired difference to the unedited model."""

@@ -68,8 +68,7 @@ def test_texts_are_clean() -> None:
 
 def test_no_question_comes_twice() -> None:
     assert len(set(questions().values())) == len(questions())
-    # `overlaps` has the only pair above: a known weakness, which the card of the evaluation set names
-    assert [pair[1:] for pair in alike_questions() if pair[0] > 0.32] == [("personal_finance-068", "money-07")]
+    assert alike_questions()[0][0] < 0.32
 
 
 def test_no_answer_comes_twice() -> None:
@@ -102,7 +101,7 @@ def test_lengths_are_balanced() -> None:
 
 
 def test_evaluation_is_far_from_training() -> None:
-    assert overlaps()[1][0] < 0.3
+    assert overlaps()[0][0] < 0.28
     for item in (*load_forced_choice(), *load_free_form()):
         assert not DOMAIN_WORDS.search(item.question), item.id
     for domain in DOMAINS:  # the words are good for something

@@ -17,7 +17,7 @@ from saetools.evaluate import (
     measure_perplexity,
     score_forced_choice,
 )
-from saetools.models import Site
+from saetools.models import LayerReplay, Site
 from saetools.steer import Scope, ablate, add, add_direction
 
 SITE = Site(1)
@@ -29,8 +29,8 @@ def lm(make_tiny):
     return make_tiny("llama")
 
 
-def random_direction(seed):
-    return torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(seed)), dim=0)
+def random_directions(seed):
+    return torch.nn.functional.normalize(torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 @pytest.mark.parametrize("tokens", ["all", "prompt"])
@@ -52,7 +52,7 @@ def test_every_dose_stands_beside_its_controls(lm, tokens):
         assert own.perplexity == measure_perplexity(lm, TEXTS, edits={SITE: fn}).value
         assert own.norm == pytest.approx(float(fn.direction.norm()), rel=1e-4)
         for control in (norm, cost):
-            step = {SITE: add_direction(random_direction(5), control.norm, tokens=tokens)}
+            step = {SITE: dose.RandomPush(random_directions(5), control.norm, Scope(tokens))}
             controlled = score_forced_choice(lm, ITEMS, edits=step)
             assert control.score.mean == pytest.approx(controlled.mean.mean, abs=1e-6)
             assert control.against.mean == pytest.approx(score.minus(controlled).mean, abs=1e-6)
@@ -72,7 +72,7 @@ def test_a_known_score_of_the_unedited_model_is_used(lm):
 
 
 def test_the_norm_of_an_edit(lm):
-    step = 3 * random_direction(0)
+    step = 3 * random_directions(0)[0]
     for fn in (add_direction(step, -1.0), add_direction(step, 1.0, skip_first=False), lambda acts, where: acts + step):
         assert edit_norm(lm, SITE, fn, TEXTS) == pytest.approx(3, rel=1e-4)
     assert edit_norm(lm, SITE, lambda acts, where: acts, TEXTS) == 0
@@ -99,12 +99,14 @@ CURVES = {
 def test_the_scale_of_equal_perplexity_is_found(lm, monkeypatch, curve, start):
     calls = []
 
-    def measure(_lm, _texts, *, edits):
-        calls.append(float(edits[SITE].direction.norm()))
+    def measure(_lm, _texts, *, edits, replay):
+        calls.append(edits[SITE].length)
         return Perplexity(math.exp(CURVES[curve](calls[-1])), 1)
 
     monkeypatch.setattr(dose, "measure_perplexity", measure)
-    search = dose._PerplexityCurve(lm, SITE, random_direction(0), Scope(), TEXTS, math.exp(CURVES[curve](0.0)))
+    search = dose._PerplexityCurve(
+        lm, SITE, random_directions(0), Scope(), TEXTS, math.exp(CURVES[curve](0.0)), LayerReplay(lm, SITE)
+    )
     for wanted in (3.1, 3.5, 4.0):
         scale = search.scale_for(math.exp(wanted), start=start)
         assert CURVES[curve](scale) == pytest.approx(wanted, abs=0.021), (wanted, calls)
@@ -114,9 +116,9 @@ def test_the_scale_of_equal_perplexity_is_found(lm, monkeypatch, curve, start):
 
 
 def test_a_perplexity_out_of_reach_gives_the_nearest(lm, monkeypatch):
-    def measure(_lm, _texts, *, edits):
-        return Perplexity(math.exp(3 + min(0.2, float(edits[SITE].direction.norm()))), 1)
+    def measure(_lm, _texts, *, edits, replay):
+        return Perplexity(math.exp(3 + min(0.2, edits[SITE].length)), 1)
 
     monkeypatch.setattr(dose, "measure_perplexity", measure)
-    search = dose._PerplexityCurve(lm, SITE, random_direction(0), Scope(), TEXTS, math.exp(3))
+    search = dose._PerplexityCurve(lm, SITE, random_directions(0), Scope(), TEXTS, math.exp(3), LayerReplay(lm, SITE))
     assert search.at(search.scale_for(math.exp(5), start=0.1)) == pytest.approx(math.exp(3.2))
