@@ -217,7 +217,8 @@ def _check(config: TrainConfig, steps_per_epoch: int, n_steps: int) -> None:
 def _identity(config: TrainConfig, metadata: SAEMetadata, steps_per_epoch: int) -> dict[str, Any]:
     """What has to be equal for a run to be continued."""
     activations = {"model_name": metadata.model_name, "site": metadata.site, "steps_per_epoch": steps_per_epoch}
-    return dataclasses.asdict(config) | activations
+    origin: dict[str, Any] = json.loads(json.dumps(metadata.provenance))
+    return dataclasses.asdict(config) | activations | origin
 
 
 def _initialise(source: ActivationSource, config: TrainConfig, device: torch.device | str) -> _State:
@@ -365,7 +366,7 @@ def _load_checkpoint(out: Path, identity: Mapping[str, Any], device: torch.devic
             facts: dict[str, str] = stored.metadata()
             tensors = {name: stored.get_tensor(name).clone().to(device) for name in stored.keys()}  # noqa: SIM118
         theirs = json.loads(facts["config"])
-        different = [name for name, value in identity.items() if theirs.get(name, value) != value]
+        different = [name for name, value in identity.items() if theirs.get(name) != value]
         if different:
             raise InputError(
                 "out",

@@ -204,11 +204,12 @@ def test_a_finished_run_is_not_done_again(finished: Path, tmp_path: Path, monkey
         ({"lr": 1e-3, "k": 2}, {}, Planted(), "where k, lr differ"),
         ({}, {"site": "blocks.1.hook_resid_post"}, Planted(), "where site differ"),
         ({}, {"model_name": "other"}, Planted(), "where model_name differ"),
+        ({}, {"provenance": {"activations": {"data_sha256": "other"}}}, Planted(), "where activations differ"),
         ({}, {}, Planted(n_batches_=9), "where steps_per_epoch differ"),
     ],
 )
 def test_a_folder_of_another_run(
-    tmp_path: Path, changes: dict[str, Any], metadata: dict[str, str], source: Planted, words: str
+    tmp_path: Path, changes: dict[str, Any], metadata: dict[str, Any], source: Planted, words: str
 ):
     interrupt(tmp_path, 8)
     with pytest.raises(InputError, match=f"equal settings, received .*{words}"):
