@@ -1,5 +1,7 @@
-"""The command line on the real model: each command as a user types it, one after the other on small data."""
+"""The command line on the real model: each command as a user types it, on small data."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -39,14 +41,23 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return lines[0]
 
 
-def test_harvest_then_train(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> tuple[Path, str]:
+    """An SAE made by `harvest` and `train`, and what they printed."""
     data = [str(folder / "chats.jsonl"), str(folder / "text.txt")]
     store, out = str(folder / "store"), folder / "sae"
-    main(["harvest", "--data", *data, "--sites", "blocks.3.hook_resid_post", "--out", store, "--max-tokens", "64"])
-    assert "tokens of" in capsys.readouterr().out
     settings = ["--d-sae", "128", "--k", "4", "--batch-size", "128", "--n-tokens", "2560", "--warmup-steps", "2"]
-    main(["train", "--store", store, "--out", str(out), *settings])
-    assert str(out) in capsys.readouterr().out
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["harvest", "--data", *data, "--sites", "blocks.3.hook_resid_post", "--out", store, "--max-tokens", "64"])
+        main(["train", "--store", store, "--out", str(out), *settings])
+    return out, printed.getvalue()
+
+
+def test_harvest_then_train(folder: Path, trained: tuple[Path, str]) -> None:
+    out, printed = trained
+    assert "tokens of" in printed
+    assert str(folder / "store") in printed
+    assert str(out) in printed
     sae = load_sae(out)
     assert sae.d_sae == 128
     assert sae.metadata.site == "blocks.3.hook_resid_post"
@@ -54,34 +65,19 @@ def test_harvest_then_train(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert sae.metadata.median_norm
 
 
-def test_finetune_then_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_then_diff(folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     adapter, chats = str(folder / "adapter"), str(folder / "chats.jsonl")
     settings = ["--epochs", "1", "--batch-size", "6", "--rank", "2", "--lr", "1e-3"]
     main(["finetune", "--data", chats, "--out", adapter, *settings])
     out = folder / "diff"
-    sae = ["--sae", str(folder / "sae")]
-    main(
-        [
-            "diff",
-            "--adapter",
-            adapter,
-            "--data",
-            chats,
-            *sae,
-            "--positions",
-            "response",
-            "--out",
-            str(out),
-            "--n-top",
-            "3",
-        ]
-    )
+    models = ["--adapter", adapter, "--sae", str(trained[0])]
+    main(["diff", *models, "--data", chats, "--positions", "response", "--out", str(out), "--n-top", "3"])
     assert "128 latents" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"latents.parquet", "diff.json", "diff.html"}
 
 
-def test_steer_and_generate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sae, short = ["--sae", str(folder / "sae")], ["--max-new-tokens", "6", "--temperature", "0"]
+def test_steer_and_generate(folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    sae, short = ["--sae", str(trained[0])], ["--max-new-tokens", "6", "--temperature", "0"]
     main(["steer", "--prompts", "Say hello.", *sae, "--clamp", "3=40", "--scale", "5=2", *short])
     shown = capsys.readouterr().out
     assert "clamp latent 3 to [40.0]" in shown
@@ -92,7 +88,9 @@ def test_steer_and_generate(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(row["variant"] == "plain" and row["text"] for row in rows)
 
 
-def test_bad_input_is_one_line_and_exit_code_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     data, out = str(folder / "chats.jsonl"), str(folder / "unused")
     assert "layer below 30" in fails(
         capsys, "harvest", "--data", data, "--sites", "blocks.99.hook_resid_post", "--out", str(folder / "far")
@@ -101,9 +99,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folder: Path, capsys: pytest.Capt
     assert "check the path" in fails(capsys, "generate", "--data", "missing.jsonl", "--out", out)
     assert "source: expected" in fails(capsys, "generate", "--data", data, "--model", "no such model", "--out", out)
     assert "--clamp" in fails(capsys, "steer", "--prompts", "Hi", "--clamp", "x=1")
-    assert "latents: expected" in fails(
-        capsys, "steer", "--prompts", "Hi", "--sae", str(folder / "sae"), "--ablate", "999"
-    )
+    assert "latents: expected" in fails(capsys, "steer", "--prompts", "Hi", "--sae", str(trained[0]), "--ablate", "999")
     assert "adapter" in fails(capsys, "diff", "--data", data, "--out", out)
     assert "report.json" in fails(capsys, "report", out)
     (folder / "bad.jsonl").write_text('{"prompt": "ok"}\n{oops\n', encoding="utf-8")
