@@ -1,0 +1,49 @@
+"""Virtual environments for libraries that do not install beside saetools, one each, all with our torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+# Distribution, and the module that has to load for an environment to be complete.
+PEERS = {
+    "dictionary-learning": ("dictionary-learning==0.1.0", "dictionary_learning"),
+    "eai-sparsify": ("eai-sparsify==1.3.3", "sparsify"),
+}
+
+
+def python_of(peer: str) -> Path:
+    """The interpreter of a peer's environment, which is made or completed first if need be.
+
+    A marker is written last and holds what was installed: an environment without it, or with another one, is not used
+    as it is.
+    """
+    folder = HERE / ".envs" / peer
+    requirement, module = PEERS[peer]
+    wanted = f"{_pinned('torch')}\n{requirement}\n"
+    marker, python = folder / "complete.txt", folder / "bin" / "python"
+    if not marker.is_file() or marker.read_text(encoding="utf-8") != wanted:
+        print(f"preparing an environment with {requirement}", file=sys.stderr)
+        _run(sys.executable, "-m", "venv", str(folder))
+        _run(str(python), "-m", "pip", "install", "--quiet", *wanted.split())
+        # Dependencies bring torchvision, which loads only beside the build of torch it was made for; nothing here
+        # needs it, and transformers does without it where it is missing.
+        _run(str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision")
+        _run(str(python), "-c", f"import {module}")
+        marker.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def _pinned(package: str) -> str:
+    constraints = (HERE.parent / "constraints.txt").read_text(encoding="utf-8")
+    return next(line for line in constraints.splitlines() if line.startswith(f"{package}=="))
+
+
+def _run(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"benchmarks: {' '.join(command[1:])} ended with {error.returncode}; see above") from None

@@ -1,0 +1,27 @@
+"""What a measurement was taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory and how busy the machine is now."""
+    return {
+        "cpu": _first("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "bf16_instructions": bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_first("/proc/cpuinfo", "flags").split())),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.system(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def _first(file: str, field: str) -> str:
+    """The first value of a field in a file of `field : value` lines; empty where there is none."""
+    path = Path(file)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -1,0 +1,83 @@
+"""A worker's side of `interleave`: do some items of work when asked, and tell how long they took.
+
+Both sides speak JSON, one object a line. The harness sends settings, and the worker answers once it is ready; then
+`{"n_items": n}` for every turn, answered with its times; and `{"n_items": 0}` at the end, answered with results. What
+fails answers with `{"error": ...}`.
+Between turns a worker sleeps in a read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from itertools import islice
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+def serve(work: Callable[[Turns], None]) -> None:
+    """Do a worker's work, which has to import its library itself, and tell the harness if it fails."""
+    turns = Turns()
+    try:
+        work(turns)
+    except Exception as error:
+        first_sentence = str(error).split("\n")[0].split(". ")[0]
+        turns.finish(error=f"{type(error).__name__}: {first_sentence}")
+
+
+class Turns:
+    """The line to the harness, and the stopwatch."""
+
+    def __init__(self) -> None:
+        # Libraries print; standard output belongs to the harness.
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self.settings = self._hear()
+
+    def timed(self, items: Iterator[Item], *, library: str) -> Iterator[Item]:
+        """Hand items to whatever works on them, as many at a time as the harness asks for.
+
+        An item's work lasts until the next one is asked for, so that a library's own loop can be timed from outside.
+        One item comes after the last turn and is not timed, because some loops save something at their end.
+
+        Args:
+            items: as many as settings["n_items"].
+            library: the distribution whose version is told.
+        """
+        import torch
+
+        self._say({"versions": {library: version(library), "torch": torch.__version__}})
+        while True:
+            slept = time.process_time()
+            n_items = self._hear()["n_items"]
+            if not n_items:
+                break
+            woke, start = time.process_time(), time.perf_counter()
+            yield from islice(items, n_items)
+            stop, done = time.perf_counter(), time.process_time()
+            self._say(
+                {
+                    "seconds": (stop - start) / n_items,
+                    "cpu_seconds": (done - woke) / n_items,
+                    "idle_cpu_seconds": woke - slept,
+                }
+            )
+        yield next(items)
+
+    def finish(self, **results: Any) -> None:
+        """Tell results; nothing comes after."""
+        self._say(results)
+
+    def _say(self, message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=self._out, flush=True)
+
+    def _hear(self) -> dict[str, Any]:
+        line = sys.stdin.readline()
+        if not line:
+            raise SystemExit("the harness has gone")
+        return dict(json.loads(line))
