@@ -70,3 +70,13 @@ def test_items_are_chosen_evenly() -> None:
     }
     assert set(counts.values()) == {4}
     assert choose_items(load_forced_choice(), 28) == items
+
+
+def test_cards_say_what_the_shipped_report_says() -> None:
+    report = PersonaReport.from_json(shipped_path("demo/report.json"))
+    readme = shipped_path("advice").parents[1] / "README.md"
+    for finding in report.findings:
+        assert f"- {finding}\n" in readme.read_text(encoding="utf-8")
+    assert report.findings[0] in shipped_path("adapters/README.md").read_text(encoding="utf-8")
+    assert f"FVU {report.sae['fvu']:.3f}, L0 " in shipped_path("sae/README.md").read_text(encoding="utf-8")
+    assert report.to_json() == shipped_path("demo/report.json").read_text(encoding="utf-8")
