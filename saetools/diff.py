@@ -251,7 +251,7 @@ def _conversation_means(
         latents = sae.encode(block.acts[site][chosen.to(block.acts[site].device)].to(sae.W_dec.device))
         rows = block.documents[chosen]
         _add_sums(acts, latents, rows, latents.values)
-        _add_sums(rates, latents, rows, (latents.values > 0).float())
+        _add_sums(rates, latents, rows, (latents.values != 0).float())
         counts.index_add_(0, rows, torch.ones(len(rows)))
     return _Means(acts / counts[:, None], rates / counts[:, None])
 
@@ -324,6 +324,6 @@ def _sae_hash(sae: SAE) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for weight in (sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec):
+    for weight in sae.parameters():
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

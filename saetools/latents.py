@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class LatentStatistics:
     Args:
         rate: share of tokens on which it is active.
         mean: mean activation over all tokens.
-        p99: 99th percentile of its activation where it is active; 0 where it never is.
+        p99: 99th percentile of its activation (signs aside) where it is active; 0 where it never is.
         n_tokens: tokens counted.
         median_norm: median norm of the residual stream over these tokens.
     """
@@ -50,9 +51,9 @@ def measure_latents(sae: SAE, blocks: Iterable[ActivationBlock], site: Site) -> 
         norms.append(torch.linalg.vector_norm(acts.float(), dim=1).cpu())
         sparse = sae.encode(acts)
         sums += sparse.sums().double().cpu()
-        used = sparse.values > 0
+        used = sparse.values != 0
         # One integer a pair, latent above value: positive floats order as the integers of their bits do.
-        bits = sparse.values[used].float().view(torch.int32)
+        bits = sparse.values[used].float().abs().view(torch.int32)
         pairs.append((sparse.indices[used] << 32 | bits).cpu())
     n_tokens = sum(map(len, norms))
     if not n_tokens:
@@ -71,15 +72,7 @@ def measure_latents(sae: SAE, blocks: Iterable[ActivationBlock], site: Site) -> 
 
 def with_statistics(sae: SAE, statistics: LatentStatistics) -> SAE:
     """A copy of the SAE, on the same weights, that knows its latents' 99th percentiles and the median norm."""
-    metadata = dataclasses.replace(sae.metadata, median_norm=statistics.median_norm)
-    twin = SAE(
-        sae.d_in,
-        sae.d_sae,
-        sae.nonlinearity,
-        apply_b_dec_to_input=sae.apply_b_dec_to_input,
-        metadata=metadata,
-        device="meta",
-    )
-    twin.encoder, twin.W_dec, twin.b_enc, twin.b_dec = sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec
+    twin = copy.deepcopy(sae, {id(weight): weight for weight in sae.parameters()})
+    twin.metadata = dataclasses.replace(sae.metadata, median_norm=statistics.median_norm)
     twin.p99 = statistics.p99.to(sae.W_dec.device)
     return twin.eval()

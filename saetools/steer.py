@@ -92,7 +92,7 @@ class LatentEdit:
         sae = placed(self.sae, acts.device)
         latents = self.latents.to(acts.device)
         f = sae.encode(x.detach()).of(latents)
-        change = (self.change(f) - f) @ sae.W_dec.detach()[latents]
+        change = (self.change(f) - f) @ sae.W_dec.detach()[latents] * sae.output_scale(x.detach())
         return acts.masked_scatter(chosen[..., None], (x + change).to(acts.dtype))
 
     def __repr__(self) -> str:
@@ -294,6 +294,13 @@ def placed(sae: SAE, device: torch.device) -> SAE:
 
 
 def _check_latents(sae: SAE, latents: Latents) -> Int[Tensor, " latent"]:
+    if sae.d_out != sae.d_in or sae.W_skip is not None or sae.metadata.site_out:
+        raise InputError(
+            "sae",
+            expected="an autoencoder, whose latents write to the site they read",
+            received="a transcoder",
+            remedy="edit with an SAE of the site that is to be changed",
+        )
     chosen = torch.as_tensor(latents, dtype=torch.long).reshape(-1).cpu()
     bad = chosen[(chosen < 0) | (chosen >= sae.d_sae)]
     if len(bad) or not len(chosen):

@@ -135,12 +135,13 @@ class _Moments:
         self.fired = torch.zeros(d_sae)
 
     def add(self, sae: SAE, acts: Float[Tensor, "token d_in"]) -> None:
-        latents = sae.encode(acts.to(sae.W_dec.device))
-        x = acts.to(sae.W_dec.device).double()
-        self.error += float((x - sae.decode(latents).double()).square().sum())
+        acts = acts.to(sae.W_dec.device)
+        latents = sae.encode(acts)
+        x = acts.double()
+        self.error += float((x - sae.decode(latents, acts).double()).square().sum())
         self.squared += float(x.square().sum())
         self.sum += x.sum(0).cpu()
-        self.active += int((latents.values > 0).sum())
+        self.active += int((latents.values != 0).sum())
         self.fired += latents.counts().float().cpu()
         self.n += len(x)
 

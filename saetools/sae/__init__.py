@@ -2,14 +2,18 @@
 
 from saetools.sae.io import load_sae, save_sae
 from saetools.sae.model import SAE, SAEMetadata
-from saetools.sae.nonlinearity import JumpReLU, TopK
+from saetools.sae.nonlinearity import AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
 from saetools.sae.sparse import SparseLatents
 from saetools.sae.train import Progress, TrainConfig, train_sae
 
 __all__ = [
     "SAE",
+    "AbsTopK",
+    "Gated",
     "JumpReLU",
+    "MatchingPursuit",
     "Progress",
+    "ReLU",
     "SAEMetadata",
     "SparseLatents",
     "TopK",

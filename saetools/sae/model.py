@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from saetools.errors import InputError
-from saetools.sae.nonlinearity import JumpReLU, TopK
+from saetools.sae.nonlinearity import AbsTopK, Nonlinearity, TopK
 from saetools.sae.sparse import SparseLatents, combine
+
+InputNorm = Literal["none", "layer_norm", "constant_norm"]
+_EPS = 1e-5  # added to the standard deviation in `layer_norm`, as SAELens and OpenAI do
 
 
 @dataclass(frozen=True)
@@ -26,21 +29,31 @@ class SAEMetadata:
     """Median residual norm at the site on the base model, first positions left out: the unit of steering strength."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Training settings, data, figures."""
+    site_out: str = ""
+    """The site that a transcoder predicts; empty for an autoencoder, which predicts its own input."""
 
 
 class SAE(nn.Module):
     """A sparse autoencoder on residual activations: f = nonlinearity((x - b_dec) W_enc + b_enc), x' = f W_dec + b_dec.
 
-    Calling it reconstructs. Weights are in units of the unscaled residual stream.
+    Calling it reconstructs. Weights are in units of the unscaled residual stream. A transcoder is an SAE whose output
+    is another site's; it may add a linear map of its input (`skip`).
 
     Args:
-        d_in: width of the residual stream.
+        d_in: width of the input.
         d_sae: number of latents.
-        nonlinearity: `TopK` or `JumpReLU`.
+        nonlinearity: `TopK`, `ReLU`, `JumpReLU`, `Gated`, `AbsTopK` or `MatchingPursuit`.
+        d_out: width of the output; that of the input by default.
         apply_b_dec_to_input: subtract `b_dec` before encoding.
+        input_norm: what is done to each token before encoding and undone after decoding: `none`; `layer_norm`: zero
+            mean and unit deviation; `constant_norm`: norm sqrt(d_in).
+        skip: whether W_skip x is added to the output, W_skip of shape [d_out, d_in].
         metadata: what it was trained on.
         dtype: of the weights.
         device: of the weights.
+
+    Raises:
+        InputError: for settings that exclude each other.
 
     Example:
         >>> sae = SAE(4, 16, TopK(2))
@@ -52,22 +65,27 @@ class SAE(nn.Module):
         self,
         d_in: int,
         d_sae: int,
-        nonlinearity: TopK | JumpReLU,
+        nonlinearity: Nonlinearity,
         *,
+        d_out: int | None = None,
         apply_b_dec_to_input: bool = True,
+        input_norm: InputNorm = "none",
+        skip: bool = False,
         metadata: SAEMetadata = SAEMetadata(),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        if isinstance(nonlinearity, TopK) and nonlinearity.k > d_sae:
-            raise InputError("k", expected=f"at most d_sae = {d_sae}", received=nonlinearity.k, remedy="lower k")
+        d_out = d_in if d_out is None else d_out
+        _check(d_in, d_sae, d_out, nonlinearity, apply_b_dec_to_input, input_norm, skip)
         self.encoder = nn.Parameter(torch.zeros(d_sae, d_in, dtype=dtype, device=device))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in, dtype=dtype, device=device))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out, dtype=dtype, device=device))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_out, dtype=dtype, device=device))
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, dtype=dtype, device=device)) if skip else None
         self.nonlinearity = nonlinearity
         self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.input_norm = input_norm
         self.metadata = metadata
         self.register_buffer("p99", None)
 
@@ -76,7 +94,12 @@ class SAE(nn.Module):
 
     @property
     def d_in(self) -> int:
-        """Width of the residual stream."""
+        """Width of the input."""
+        return self.encoder.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
         return self.W_dec.shape[1]
 
     @property
@@ -107,18 +130,87 @@ class SAE(nn.Module):
             )
         with torch.no_grad():
             x = x.to(self.W_dec.dtype)
+            if self.input_norm != "none":
+                shift, scale = self._shift_and_scale(x)
+                x = (x - shift) / scale
             centred = x - self.b_dec if self.apply_b_dec_to_input else x
             values, indices = self.nonlinearity.select(centred, self.encoder.T, self.b_enc)
         return SparseLatents(indices, values, self.d_sae)
 
-    def decode(self, latents: SparseLatents) -> Float[Tensor, "token d_in"]:
-        """Reconstruction from sparse latents."""
-        return combine(self.W_dec, latents.indices, latents.values) + self.b_dec
+    def decode(
+        self, latents: SparseLatents, x: Float[Tensor, "token d_in"] | None = None
+    ) -> Float[Tensor, "token d_out"]:
+        """Reconstruction from sparse latents.
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        Args:
+            latents: what `encode` returned, or an edited version.
+            x: the input, which an SAE with a skip connection or an input norm needs.
+
+        Raises:
+            InputError: if `x` is needed and missing.
+        """
+        recon = combine(self.W_dec, latents.indices, latents.values) + self.b_dec
+        if self.W_skip is None and self.input_norm == "none":
+            return recon
+        if x is None:
+            raise InputError(
+                "x",
+                expected="the input, for an SAE with a skip connection or an input norm",
+                received="none",
+                remedy="call decode(latents, x)",
+            )
+        x = x.to(self.W_dec.dtype)
+        if self.W_skip is not None:
+            return recon + x @ self.W_skip.T
+        shift, scale = self._shift_and_scale(x)
+        return recon * scale + shift
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstruct activations of any leading shape; the result has the SAE's dtype."""
-        return self.decode(self.encode(x.reshape(-1, x.shape[-1]))).view(x.shape)
+        tokens = x.reshape(-1, x.shape[-1])
+        return self.decode(self.encode(tokens), tokens).view(*x.shape[:-1], self.d_out)
 
-    def directions(self) -> Float[Tensor, "d_sae d_in"]:
+    def output_scale(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token 1"] | float:
+        """What a decoder row is multiplied by in the output, per token: 1 without an input norm."""
+        return 1.0 if self.input_norm == "none" else self._shift_and_scale(x.to(self.W_dec.dtype))[1]
+
+    def directions(self) -> Float[Tensor, "d_sae d_out"]:
         """Decoder rows, each of length 1 (zero rows stay zero)."""
         return nn.functional.normalize(self.W_dec.detach(), dim=1)
+
+    def _shift_and_scale(self, x: Tensor) -> tuple[Tensor | float, Tensor]:
+        """What is subtracted from each token and what it is then divided by."""
+        if self.input_norm == "constant_norm":
+            return 0.0, torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.d_in**0.5
+        return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + _EPS
+
+
+def _check(
+    d_in: int,
+    d_sae: int,
+    d_out: int,
+    nonlinearity: Nonlinearity,
+    apply_b_dec_to_input: bool,
+    input_norm: str,
+    skip: bool,
+) -> None:
+    if isinstance(nonlinearity, TopK | AbsTopK) and nonlinearity.k > d_sae:
+        raise InputError("k", expected=f"at most d_sae = {d_sae}", received=nonlinearity.k, remedy="lower k")
+    if apply_b_dec_to_input and d_out != d_in:
+        raise InputError(
+            "apply_b_dec_to_input",
+            expected=f"False where d_in = {d_in} and d_out = {d_out} differ",
+            received=True,
+            remedy="pass apply_b_dec_to_input=False",
+        )
+    if input_norm not in get_args(InputNorm):
+        raise InputError(
+            "input_norm",
+            expected="one of " + ", ".join(get_args(InputNorm)),
+            received=repr(input_norm),
+            remedy="pick one of these",
+        )
+    if input_norm != "none" and (skip or d_out != d_in):
+        raise InputError(
+            "input_norm", expected="none for a transcoder", received=repr(input_norm), remedy="leave it out"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from saetools.errors import InputError
 from saetools.sae.sparse import chunk_tokens, select_top
 
-
-class Nonlinearity(Protocol):
-    """Chooses the active latents of tokens from their inputs to the encoder."""
-
-    def select(
-        self, x: Float[Tensor, "token d_in"], weight: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"]
-    ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
-        """Values (0 or more, 0 in unused slots) and latents of x @ weight + bias."""
-        ...
+Tokens = Float[Tensor, "token d_in"]
+Weight = Float[Tensor, "d_in d_sae"]
+Bias = Float[Tensor, " d_sae"]
+Values = Float[Tensor, "token slot"]  # 0 or more; 0 in unused slots
+Slots = Int[Tensor, "token slot"]
 
 
 class TopK(nn.Module):
@@ -35,16 +31,24 @@ class TopK(nn.Module):
             raise InputError("k", expected="1 or more", received=k, remedy="raise k")
         self.k = k
 
-    def select(
-        self, x: Float[Tensor, "token d_in"], weight: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"]
-    ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
+    def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Values and latents of the k largest; ties go to either."""
         values, indices = select_top(x, weight, bias, self.k)
         return values.relu_(), indices
 
 
+class ReLU(nn.Module):
+    """Keeps positive pre-activations: the standard SAE (arXiv 2309.08600)."""
+
+    def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
+        """Values and latents above 0, as many slots as the busiest token has."""
+        return _select_positive(x, len(bias), lambda chunk: torch.addmm(bias, chunk, weight).relu_())
+
+
 class JumpReLU(nn.Module):
-    """Keeps pre-activations above a threshold per latent; with thresholds of 0 a plain ReLU (arXiv 2407.14435).
+    """Keeps positive pre-activations above a threshold per latent (arXiv 2407.14435).
+
+    Also what a BatchTopK or Matryoshka SAE uses after training, with the threshold that training learnt.
 
     Args:
         threshold: per latent, 0 or more.
@@ -54,19 +58,120 @@ class JumpReLU(nn.Module):
         super().__init__()
         self.threshold = nn.Parameter(threshold)
 
-    def select(
-        self, x: Float[Tensor, "token d_in"], weight: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"]
-    ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
+    def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Values and latents above their threshold, as many slots as the busiest token has."""
-        parts = []
-        for chunk in torch.split(x, chunk_tokens(weight.shape[1])):
+
+        def jump(chunk: Tensor) -> Tensor:
             pre = torch.addmm(bias, chunk, weight)
-            kept = torch.where(pre > self.threshold.to(pre.dtype), pre, 0.0).relu_()
-            n_slots = int((kept > 0).sum(1).max()) if len(kept) else 0
-            parts.append(kept.topk(n_slots, dim=1, sorted=False))
-        width = max((part.values.shape[1] for part in parts), default=0)
-        values = [nn.functional.pad(part.values, (0, width - part.values.shape[1])) for part in parts]
-        indices = [nn.functional.pad(part.indices, (0, width - part.indices.shape[1])) for part in parts]
-        if not parts:
-            return x.new_zeros(0, 0), torch.zeros(0, 0, dtype=torch.long, device=x.device)
-        return torch.cat(values), torch.cat(indices)
+            return torch.where(pre > self.threshold.to(pre.dtype), pre, 0.0).relu_()
+
+        return _select_positive(x, len(bias), jump)
+
+
+class Gated(nn.Module):
+    """Lets a gate x W + b_enc decide which latents are active, and relu(x W exp(r_mag) + b_mag) how strongly.
+
+    Rajamanoharan et al., arXiv 2404.16014; the SAE's `b_enc` is the paper's b_gate.
+
+    Args:
+        r_mag: log of the ratio of magnitude weights to gate weights, per latent.
+        b_mag: bias of the magnitude, per latent.
+    """
+
+    def __init__(self, r_mag: Float[Tensor, " d_sae"], b_mag: Float[Tensor, " d_sae"]) -> None:
+        super().__init__()
+        self.r_mag = nn.Parameter(r_mag)
+        self.b_mag = nn.Parameter(b_mag)
+
+    def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
+        """Values and latents whose gate is open, as many slots as the busiest token has."""
+
+        def gate(chunk: Tensor) -> Tensor:
+            pre = chunk @ weight
+            strength = (pre * self.r_mag.to(pre.dtype).exp() + self.b_mag.to(pre.dtype)).relu_()
+            return torch.where(pre + bias > 0, strength, 0.0)
+
+        return _select_positive(x, len(bias), gate)
+
+
+class AbsTopK(nn.Module):
+    """Keeps the k pre-activations of a token that are furthest from 0, with their signs (arXiv 2510.00404).
+
+    Args:
+        k: latents a token activates.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        if k < 1:
+            raise InputError("k", expected="1 or more", received=k, remedy="raise k")
+        self.k = k
+
+    def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
+        """Signed values and latents; ties go to either."""
+        parts = []
+        for chunk in torch.split(x, chunk_tokens(len(bias))):
+            pre = torch.addmm(bias, chunk, weight)
+            indices = pre.abs().topk(self.k, dim=1, sorted=False).indices
+            parts.append((pre.gather(1, indices), indices))
+        values, slots = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(slots)
+
+
+class MatchingPursuit(nn.Module):
+    """Takes away the decoder row that explains most of what is left of a token, again and again (arXiv 2506.03093).
+
+    The encoder is the decoder here; `b_enc` is not used.
+
+    Args:
+        residual_threshold: a token is done when what is left of it is shorter; 0 for never.
+        max_steps: of taking away; d_in by default.
+        stop_on_repeat: a token is done when a step adds no latent to those it has.
+    """
+
+    def __init__(self, residual_threshold: float, *, max_steps: int | None = None, stop_on_repeat: bool = True) -> None:
+        super().__init__()
+        self.residual_threshold = residual_threshold
+        self.max_steps = max_steps
+        self.stop_on_repeat = stop_on_repeat
+
+    def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
+        """Values and latents in the order in which they were taken."""
+        rows = weight.T
+        values = x.new_zeros(len(x), 0)
+        slots = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(self.max_steps or x.shape[1]):
+            best = torch.cat([(part @ weight).argmax(1) for part in torch.split(x, chunk_tokens(len(bias)))])
+            step = (x * rows[best]).sum(1).relu().masked_fill(done, 0.0)
+            x = x - step[:, None] * rows[best]
+            known = slots == best[:, None]  # in a slot of an earlier step; unused slots hold 0 and may match too
+            known &= values > 0
+            values = values + known * step[:, None]
+            is_new = (step > 0) & ~known.any(1)
+            values = torch.cat([values, (step * is_new)[:, None]], 1)
+            slots = torch.cat([slots, torch.where(is_new, best, 0)[:, None]], 1)
+            if self.stop_on_repeat:
+                done |= ~is_new
+            if self.residual_threshold > 0:
+                done |= torch.linalg.vector_norm(x, dim=1) < self.residual_threshold
+            if bool(done.all()):
+                break
+        return values, slots
+
+
+Nonlinearity = TopK | ReLU | JumpReLU | Gated | AbsTopK | MatchingPursuit
+"""Chooses the active latents of tokens: `select(x, weight, bias)` gives values and latents of x @ weight and bias."""
+
+
+def _select_positive(x: Tensor, d_sae: int, activate: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Positive entries of `activate(x)`, computed chunk by chunk, in as many slots as the busiest token needs."""
+    parts = []
+    for chunk in torch.split(x, chunk_tokens(d_sae)):
+        kept = activate(chunk)
+        n_slots = int((kept > 0).sum(1).max()) if len(kept) else 0
+        parts.append(kept.topk(n_slots, dim=1, sorted=False))
+    width = max(part.values.shape[1] for part in parts)
+    values = [nn.functional.pad(part.values, (0, width - part.values.shape[1])) for part in parts]
+    indices = [nn.functional.pad(part.indices, (0, width - part.indices.shape[1])) for part in parts]
+    return torch.cat(values), torch.cat(indices)

@@ -24,7 +24,7 @@ class SparseLatents:
 
     Args:
         indices: latent of each slot; no latent twice in a token, but for padding.
-        values: its activation, 0 or more; 0 in padded slots.
+        values: its activation; 0 in padded slots. Negative ones exist only in an SAE with `AbsTopK`.
         d_sae: number of latents.
     """
 
@@ -54,7 +54,7 @@ class SparseLatents:
 
     def counts(self) -> Float[Tensor, " d_sae"]:
         """Number of tokens on which every latent is active."""
-        active = (self.values > 0).to(self.values.dtype)
+        active = (self.values != 0).to(self.values.dtype)
         return self.values.new_zeros(self.d_sae).index_add_(0, self.indices.flatten(), active.flatten())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saetools.sae import SAE, JumpReLU, SAEMetadata, TopK
+from saetools.sae import SAE, Gated, JumpReLU, ReLU, SAEMetadata, TopK
 from saetools.sae.loss import Weights
 
 
@@ -71,13 +71,26 @@ def make_weights() -> Callable[..., Weights]:
 
 @pytest.fixture
 def make_sae() -> Callable[..., SAE]:
-    """`make_sae(kind, d_in=16, d_sae=64, k=4)`: a random `topk`, `jumprelu` or `relu` SAE, decoder rows of any norm."""
+    """`make_sae(kind, d_in=16, d_sae=64, k=4)`: a random SAE, decoder rows of any norm.
+
+    Kinds are `topk`, `relu`, `jumprelu` and `gated`; other settings are those of `SAE`.
+    """
 
     def make(kind: str = "topk", *, d_in: int = 16, d_sae: int = 64, k: int = 4, **settings: Any) -> SAE:
-        thresholds = torch.linspace(0.2, 2, d_sae) if kind == "jumprelu" else torch.zeros(d_sae)
+        nonlinearity = {
+            "topk": lambda: TopK(k),
+            "relu": ReLU,
+            "jumprelu": lambda: JumpReLU(torch.linspace(0.2, 2, d_sae)),
+            "gated": lambda: Gated(torch.linspace(-0.5, 0.5, d_sae), torch.linspace(-1, 2, d_sae)),
+        }[kind]()
         settings = {"metadata": SAEMetadata(model_name="tiny", site="blocks.1.hook_resid_post")} | settings
-        sae = SAE(d_in, d_sae, TopK(k) if kind == "topk" else JumpReLU(thresholds), **settings)
-        for name, value in vars(random_weights(d_in, d_sae)).items():
+        sae = SAE(d_in, d_sae, nonlinearity, **settings)
+        values = {**vars(random_weights(d_in, d_sae))}
+        if sae.d_out != d_in or sae.W_skip is not None:
+            values |= {name: value for name, value in vars(random_weights(sae.d_out, d_sae)).items() if "dec" in name}
+        if sae.W_skip is not None:
+            values["W_skip"] = values["W_dec"][: sae.d_out, :1].expand(-1, d_in) * torch.linspace(-1, 1, d_in)
+        for name, value in values.items():
             parameter = getattr(sae, name)
             parameter.data.copy_(value * (torch.linspace(0.5, 2, d_sae)[:, None] if name == "W_dec" else 1))
         return sae.eval().requires_grad_(False)

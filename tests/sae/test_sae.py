@@ -9,18 +9,26 @@ import pytest
 import torch
 
 from saetools.errors import InputError
-from saetools.sae import SAE, TopK, sparse
+from saetools.sae import SAE, Gated, JumpReLU, ReLU, TopK, sparse
+
+KINDS = ["topk", "relu", "jumprelu", "gated"]
 
 
 def dense_latents(sae: SAE, x: torch.Tensor) -> torch.Tensor:
-    pre = (x - sae.b_dec * sae.apply_b_dec_to_input) @ sae.W_enc + sae.b_enc
-    if isinstance(sae.nonlinearity, TopK):
-        kept = torch.zeros_like(pre).scatter_(1, pre.topk(sae.nonlinearity.k).indices, 1.0)
-        return pre.relu() * kept
-    return pre.relu() * (pre > sae.nonlinearity.threshold)
+    pre = (x - sae.b_dec * sae.apply_b_dec_to_input if sae.apply_b_dec_to_input else x) @ sae.W_enc
+    match sae.nonlinearity:
+        case TopK(k=k):
+            pre = pre + sae.b_enc
+            return pre.relu() * torch.zeros_like(pre).scatter_(1, pre.topk(k).indices, 1.0)
+        case ReLU():
+            return (pre + sae.b_enc).relu()
+        case JumpReLU(threshold=threshold):
+            return (pre + sae.b_enc).relu() * (pre + sae.b_enc > threshold)
+        case Gated(r_mag=r_mag, b_mag=b_mag):
+            return (pre * r_mag.exp() + b_mag).relu() * (pre + sae.b_enc > 0)
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("centred", [True, False])
 def test_encode_and_decode_equal_the_dense_formulas(
     make_sae: Callable[..., SAE], monkeypatch: pytest.MonkeyPatch, kind: str, centred: bool
@@ -36,7 +44,37 @@ def test_encode_and_decode_equal_the_dense_formulas(
     assert torch.equal(latents.counts(), (dense > 0).sum(0).float())
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_transcoder_predicts_another_width(make_sae: Callable[..., SAE], kind: str, skip: bool):
+    sae = make_sae(kind, d_out=5, apply_b_dec_to_input=False, skip=skip)
+    x = torch.randn(20, 16)
+    expected = dense_latents(sae, x) @ sae.W_dec + sae.b_dec + (x @ sae.W_skip.T if skip else 0)
+    torch.testing.assert_close(sae(x.view(4, 5, 16)), expected.view(4, 5, 5))
+    if skip:
+        with pytest.raises(InputError, match="x: expected the input, for an SAE with a skip connection"):
+            sae.decode(sae.encode(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm"])
+def test_an_input_norm_is_undone(make_sae: Callable[..., SAE], kind: str, norm: str):
+    sae, plain = make_sae(kind, input_norm=norm), make_sae(kind)
+    x = 7 * torch.randn(20, 16) + 3
+    if norm == "layer_norm":
+        shift, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5
+    else:
+        shift, scale = torch.zeros(20, 1), x.norm(dim=1, keepdim=True) / 4
+    inner = (x - shift) / scale
+    torch.testing.assert_close(sae.encode(x).to_dense(), plain.encode(inner).to_dense())
+    torch.testing.assert_close(sae(x), plain(inner) * scale + shift)
+    torch.testing.assert_close(sae.output_scale(x), scale)
+    assert plain.output_scale(x) == 1
+    with pytest.raises(InputError, match=r"x: expected the input, .* or an input norm"):
+        sae.decode(sae.encode(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_encoded_like_its_tokens(make_sae: Callable[..., SAE], kind: str):
     sae, x = make_sae(kind), torch.randn(20, 16)
     together = sae.encode(x).to_dense()
@@ -44,7 +82,7 @@ def test_a_batch_is_encoded_like_its_tokens(make_sae: Callable[..., SAE], kind: 
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tokens_without_active_latents(make_sae: Callable[..., SAE], kind: str):
     sae = make_sae(kind)
     sae.b_enc.fill_(-1000)
@@ -90,3 +128,10 @@ def test_wrong_shapes_and_k(make_sae: Callable[..., SAE]):
         TopK(0)
     with pytest.raises(InputError, match="at most d_sae = 8, received 9"):
         SAE(4, 8, TopK(9))
+
+
+def test_settings_that_exclude_each_other():
+    with pytest.raises(InputError, match="apply_b_dec_to_input: expected False where d_in = 4 and d_out = 3 differ"):
+        SAE(4, 8, ReLU(), d_out=3)
+    with pytest.raises(InputError, match="input_norm: expected none for a transcoder"):
+        SAE(4, 8, ReLU(), input_norm="layer_norm", skip=True)
