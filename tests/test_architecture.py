@@ -24,6 +24,7 @@ LAYERS = {
     "models": 1,
     "data": 1,
     "sae.io": 1,
+    "sae.formats": 1,
     "activations": 2,
     "latents": 2,
     "generation": 2,

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saetools.sae import SAE, Gated, JumpReLU, ReLU, SAEMetadata, TopK
+from saetools.sae import SAE, AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, SAEMetadata, TopK
 from saetools.sae.loss import Weights
 
 
@@ -73,7 +73,7 @@ def make_weights() -> Callable[..., Weights]:
 def make_sae() -> Callable[..., SAE]:
     """`make_sae(kind, d_in=16, d_sae=64, k=4)`: a random SAE, decoder rows of any norm.
 
-    Kinds are `topk`, `relu`, `jumprelu` and `gated`; other settings are those of `SAE`.
+    Kinds are `topk`, `relu`, `jumprelu`, `gated`, `abstopk` and `matching_pursuit`; other settings are those of `SAE`.
     """
 
     def make(kind: str = "topk", *, d_in: int = 16, d_sae: int = 64, k: int = 4, **settings: Any) -> SAE:
@@ -81,6 +81,8 @@ def make_sae() -> Callable[..., SAE]:
             "topk": lambda: TopK(k),
             "relu": ReLU,
             "jumprelu": lambda: JumpReLU(torch.linspace(0.2, 2, d_sae)),
+            "abstopk": lambda: AbsTopK(k),
+            "matching_pursuit": lambda: MatchingPursuit(1.5, max_steps=6),
             "gated": lambda: Gated(torch.linspace(-0.5, 0.5, d_sae), torch.linspace(-1, 2, d_sae)),
         }[kind]()
         settings = {"metadata": SAEMetadata(model_name="tiny", site="blocks.1.hook_resid_post")} | settings
@@ -93,6 +95,10 @@ def make_sae() -> Callable[..., SAE]:
         for name, value in values.items():
             parameter = getattr(sae, name)
             parameter.data.copy_(value * (torch.linspace(0.5, 2, d_sae)[:, None] if name == "W_dec" else 1))
+        if kind == "matching_pursuit":  # tied
+            sae.W_dec.data.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))
+            sae.encoder.data.copy_(sae.W_dec)
+            sae.b_enc.data.zero_()
         return sae.eval().requires_grad_(False)
 
     return make

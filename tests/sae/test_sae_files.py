@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saetools.errors import InputError, IntegrityError, SaetoolsWarning
-from saetools.sae import SAE, JumpReLU, SAEMetadata, TopK, load_sae, save_sae
+from saetools.sae import SAE, ReLU, SAEMetadata, TopK, load_sae, save_sae
 
 WEIGHTS = "sae_weights.safetensors"
+KINDS = ["topk", "relu", "jumprelu", "gated", "abstopk", "matching_pursuit"]
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,7 @@ def sae_lens() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import sae_lens
+        import sae_lens.registry
         import sae_lens.saes.sae
     return sae_lens
 
@@ -48,16 +50,16 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 # Our own files
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_is_loaded_bit_for_bit(make_sae: Callable[..., SAE], tmp_path: Path, kind: str):
     metadata = SAEMetadata("tiny", "blocks.1.hook_mlp_out", 164.25, {"train": {"k": 4}})
-    sae = make_sae(kind, metadata=metadata, apply_b_dec_to_input=False)
+    sae = make_sae(kind, metadata=metadata, apply_b_dec_to_input=kind == "matching_pursuit")
     sae.p99 = torch.rand(64)
     loaded = load_sae(save_sae(sae, tmp_path / "sae"))
     assert loaded.state_dict().keys() == sae.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in sae.state_dict().items())
     assert loaded.metadata == metadata
-    assert not loaded.apply_b_dec_to_input
+    assert loaded.apply_b_dec_to_input == sae.apply_b_dec_to_input
     assert type(loaded.nonlinearity) is type(sae.nonlinearity)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert {file.name for file in (tmp_path / "sae").iterdir()} == {
@@ -100,10 +102,14 @@ def assert_same(ours: SAE, theirs: Any) -> None:
         assert torch.equal(got != 0, expected != 0)
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("centred", [True, False])
 def test_sae_lens_reads_ours(make_sae: Callable[..., SAE], tmp_path: Path, sae_lens: Any, kind: str, centred: bool):
     sae = make_sae(kind, apply_b_dec_to_input=centred)
+    if kind == "matching_pursuit" and not centred:
+        with pytest.raises(InputError, match="a matching-pursuit SAE that subtracts the b_dec it adds"):
+            save_sae(sae, tmp_path)
+        sae.b_dec.zero_()
     theirs = sae_lens.SAE.load_from_disk(save_sae(sae, tmp_path))
     assert_same(sae, theirs)
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
@@ -114,14 +120,17 @@ def their_sae(sae_lens: Any, kind: str, **settings: Any) -> Any:
     from sae_lens.saes.sae import SAEMetadata as TheirMetadata
 
     metadata = TheirMetadata(model_name="tiny", hook_name="blocks.2.hook_resid_pre")
-    name = {"topk": "TopK", "standard": "Standard", "jumprelu": "JumpReLU", "gated": "Gated"}[kind]
-    config = getattr(sae_lens, f"{name}SAEConfig")(d_in=16, d_sae=64, metadata=metadata, **settings)
-    sae = getattr(sae_lens, f"{name}SAE")(config)
+    if "transcoder" in kind:
+        settings |= {"apply_b_dec_to_input": False}
+    sae_class, config_class = sae_lens.registry.get_sae_class(kind)
+    sae = sae_class(config_class(d_in=16, d_sae=64, metadata=metadata, **settings))
     for key, parameter in sae.named_parameters():
         parameter.data = torch.randn_like(parameter)
         if key == "threshold":
             parameter.data.abs_()
-        if key == "W_dec":
+        if key == "W_dec" and kind == "matching_pursuit":
+            parameter.data = torch.nn.functional.normalize(parameter.data, dim=1)
+        elif key == "W_dec":
             parameter.data *= torch.linspace(0.3, 3, 64)[:, None]
     return sae
 
@@ -134,7 +143,20 @@ def their_sae(sae_lens: Any, kind: str, **settings: Any) -> Any:
         ("topk", {"k": 5, "apply_b_dec_to_input": False}),
         ("standard", {}),
         ("standard", {"apply_b_dec_to_input": False}),
+        ("standard", {"normalize_activations": "layer_norm"}),
+        ("topk", {"k": 5, "normalize_activations": "constant_norm_rescale"}),
         ("jumprelu", {}),
+        ("gated", {}),
+        ("gated", {"apply_b_dec_to_input": False, "normalize_activations": "layer_norm"}),
+        ("abstopk", {"k": 5}),
+        ("abstopk", {"k": 5, "rescale_acts_by_decoder_norm": True}),
+        ("matching_pursuit", {"residual_threshold": 1.5}),
+        ("matching_pursuit", {"residual_threshold": 0.0, "max_iterations": 7}),
+        ("matching_pursuit", {"max_iterations": 9, "stop_on_duplicate_support": False, "apply_b_dec_to_input": False}),
+        ("transcoder", {"d_out": 5}),
+        ("skip_transcoder", {"d_out": 16}),
+        ("jumprelu_transcoder", {"d_out": 16}),
+        ("jumprelu_skip_transcoder", {"d_out": 5}),
     ],
 )
 def test_ours_reads_sae_lens(tmp_path: Path, sae_lens: Any, kind: str, settings: dict[str, Any]):
@@ -143,7 +165,20 @@ def test_ours_reads_sae_lens(tmp_path: Path, sae_lens: Any, kind: str, settings:
     ours = load_sae(tmp_path)
     assert_same(ours, theirs)
     assert (ours.metadata.model_name, ours.metadata.site) == ("tiny", "blocks.2.hook_resid_pre")
-    assert isinstance(ours.nonlinearity, TopK if kind == "topk" else JumpReLU)
+    again = load_sae(save_sae(ours, tmp_path / "again"))
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in ours.state_dict().items())
+    assert_same(ours, sae_lens.SAE.load_from_disk(tmp_path / "again"))
+
+
+def test_a_transcoder_knows_its_sites(make_sae: Callable[..., SAE], tmp_path: Path, sae_lens: Any):
+    metadata = SAEMetadata("tiny", "blocks.1.hook_resid_mid", site_out="blocks.1.hook_mlp_out")
+    sae = make_sae("relu", apply_b_dec_to_input=False, metadata=metadata)
+    assert load_sae(save_sae(sae, tmp_path)).metadata == metadata
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    assert theirs.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
+    assert_same(sae, theirs)
+    with pytest.raises(InputError, match=r"sae: expected for SAELens, a ReLU or JumpReLU transcoder .* with TopK"):
+        save_sae(make_sae("topk", d_out=5, apply_b_dec_to_input=False), tmp_path / "none")
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -169,8 +204,8 @@ def test_ours_reads_what_sae_lens_trained(tmp_path: Path, sae_lens: Any, rescale
     ("config", "kind"),
     [
         ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}, "normalize_activations": "none"}, TopK),
-        ({"activation_fn": "relu", "architecture": "standard", "normalize_activations": False}, JumpReLU),
-        ({}, JumpReLU),
+        ({"activation_fn": "relu", "architecture": "standard", "normalize_activations": False}, ReLU),
+        ({}, ReLU),
     ],
 )
 def test_configs_from_before_version_6(
@@ -197,9 +232,8 @@ def test_no_such_folder(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architecture": "gated"}, "architecture topk, standard, jumprelu, received 'gated'"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations of none, received 'layer_norm'"),
-        ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations of none"),
+        ({"architecture": "temporal"}, "architecture topk, standard, .* received 'temporal'"),
+        ({"normalize_activations": "covariance_whitening"}, "one of none, layer_norm, .* received 'covariance"),
         ({"reshape_activations": "hook_z"}, "reshape_activations of none, received 'hook_z'"),
         ({"k": 0}, "k: expected 1 or more"),
         ({"k": 65}, "k: expected at most d_sae = 64"),
