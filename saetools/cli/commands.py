@@ -69,7 +69,7 @@ class Harvest:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a TopK SAE on a store; a killed run continues."""
+    """Train an SAE on a store; a killed run continues. The kind of SAE is a subcommand, by default TopK."""
 
     store: str
     """Folder of the store."""

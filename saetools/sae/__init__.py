@@ -3,20 +3,27 @@
 from saetools.sae.io import load_sae, save_sae
 from saetools.sae.model import SAE, SAEMetadata
 from saetools.sae.nonlinearity import AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
+from saetools.sae.objective import BatchTopKLoss, GatedLoss, JumpReLULoss, MatryoshkaLoss, StandardLoss, TopKLoss
 from saetools.sae.sparse import SparseLatents
 from saetools.sae.train import Progress, TrainConfig, train_sae
 
 __all__ = [
     "SAE",
     "AbsTopK",
+    "BatchTopKLoss",
     "Gated",
+    "GatedLoss",
     "JumpReLU",
+    "JumpReLULoss",
     "MatchingPursuit",
+    "MatryoshkaLoss",
     "Progress",
     "ReLU",
     "SAEMetadata",
     "SparseLatents",
+    "StandardLoss",
     "TopK",
+    "TopKLoss",
     "TrainConfig",
     "load_sae",
     "save_sae",

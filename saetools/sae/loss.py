@@ -1,4 +1,4 @@
-"""The TopK loss and its gradients, computed on the active pairs only.
+"""The losses of sparse kinds and their gradients, computed on the active pairs only.
 
 Same numbers as autograd on the dense formula at the same active latents (a test holds them together to 1e-5); what is
 saved is every product with a zero.
@@ -6,27 +6,16 @@ saved is every product with a zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saetools.sae.sparse import LatentMajorPairs, combine, select_top
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The four weight tensors of an SAE, encoder kept as one row per latent; also used for their gradients."""
-
-    encoder: Float[Tensor, "d_sae d_in"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_enc: Float[Tensor, " d_sae"]
-    b_dec: Float[Tensor, " d_in"]
-
-    def empty_like(self) -> Weights:
-        """Uninitialised tensors of the same shapes, to write gradients to."""
-        return Weights(*(torch.empty_like(weight) for weight in vars(self).values()))
+from saetools.sae.sparse import LatentMajorPairs, TokenMajorPairs, combine, select_batch_top, select_top
+from saetools.sae.weights import Weights, empty_like
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ def topk_step(
         aux_coefficient: weight of that loss.
         grads: tensors to overwrite with the gradients; fresh memory for them in every step would cost time.
     """
-    grads = weights.empty_like() if grads is None else grads
+    grads = empty_like(weights) if grads is None else grads
     centred = x - weights.b_dec
     encode_weight = weights.encoder.to(encode_dtype).T
     values, indices = select_top(centred.to(encode_dtype), encode_weight, weights.b_enc.to(encode_dtype), k)
@@ -83,17 +72,123 @@ def topk_step(
     values = values.relu_()
     error = centred - combine(weights.W_dec, indices, values)
     loss = _square_sum(error) / error.numel()
-
     slope = -2 / error.numel()  # of the loss, by the error: d_recon = slope * error
-    active = pairs.gather(values)
-    d_active = torch.where(active > 0, pairs.dots(weights.W_dec, error) * slope, 0.0)
-    pairs.sum_tokens(d_active, centred, out=grads.encoder)
-    pairs.sum_tokens(active * slope, error, out=grads.W_dec)
-    grads.b_enc.copy_(pairs.sums(d_active))
+    _write_gradients(pairs, pairs.gather(values), centred, error, slope, weights, grads)
     grads.b_dec.copy_(slope * error.sum(0) - grads.b_enc @ weights.encoder)
     if dead is not None and bool(dead.any()):
         loss = loss + _add_aux(centred, error, weights, grads, dead, min(k_aux, int(dead.sum())), aux_coefficient)
     return StepResult(loss, grads, error, indices, values)
+
+
+@torch.no_grad()
+def batch_topk_step(
+    x: Float[Tensor, "token d_in"],
+    weights: Weights,
+    k: int,
+    *,
+    widths: Sequence[int] | None = None,
+    encode_dtype: torch.dtype = torch.float32,
+    dead: Bool[Tensor, " d_sae"] | None = None,
+    k_aux: int = 256,
+    aux_coefficient: float = 1 / 32,
+    grads: Weights | None = None,
+) -> BatchTopKResult:
+    """Loss and gradients of a BatchTopK SAE (arXiv 2412.06410), or of a Matryoshka one (arXiv 2503.17547).
+
+    Args:
+        x: activations, scaled as the weights expect.
+        weights: current weights.
+        k: active latents a token, on average over the batch.
+        widths: for Matryoshka SAEs, the numbers of latents that have to reconstruct by themselves, ascending, the last
+            of them d_sae; the loss is the mean over them.
+        encode_dtype: as for `topk_step`.
+        dead: as for `topk_step`.
+        k_aux: as for `topk_step`.
+        aux_coefficient: as for `topk_step`.
+        grads: as for `topk_step`.
+    """
+    grads = empty_like(weights) if grads is None else grads
+    d_sae = len(weights.b_enc)
+    centred = x - weights.b_dec
+    active = select_batch_top(
+        centred.to(encode_dtype), weights.encoder.to(encode_dtype).T, weights.b_enc.to(encode_dtype), k * len(x)
+    )
+    slope = -2 / x.numel()
+    ends = [0, *(widths or [d_sae])]
+    groups = [
+        _Group.of(active, slice(*bounds), centred, weights, exact=encode_dtype == x.dtype) for bounds in pairwise(ends)
+    ]
+    errors, error = [], centred
+    for group in groups:
+        error = error - group.active.combine(weights.W_dec[group.rows])
+        errors.append(error)
+    loss = sum((_square_sum(each) for each in errors), x.new_zeros(())) / (len(groups) * x.numel())
+    rest = torch.zeros_like(x)
+    for group, each in zip(reversed(groups), reversed(errors), strict=True):
+        rest += each / len(groups)  # a latent answers for its own prefix and for all longer ones
+        _write_gradients(
+            group.pairs, group.pairs.gather(group.active.values), centred, rest, slope, weights, grads, group.rows
+        )
+    grads.b_dec.copy_(slope * rest.sum(0) - grads.b_enc @ weights.encoder)
+    if dead is not None and bool(dead.any()):
+        loss = loss + _add_aux(centred, error, weights, grads, dead, min(k_aux, int(dead.sum())), aux_coefficient)
+    latents = torch.cat([group.active.latents + group.rows.start for group in groups])
+    return BatchTopKResult(loss, grads, error, latents, torch.cat([group.active.values for group in groups]))
+
+
+@dataclass(frozen=True)
+class BatchTopKResult:
+    """Loss of one batch, its gradients, and the active pairs.
+
+    Args:
+        loss: mean over tokens, dimensions and widths of the squared error, plus the weighted auxiliary loss.
+        grads: of that loss.
+        error: x - x' with all latents, per token.
+        latents: of the active pairs.
+        values: their activations, all above 0 but for rounding.
+    """
+
+    loss: Float[Tensor, ""]
+    grads: Weights
+    error: Float[Tensor, "token d_in"]
+    latents: Int[Tensor, " pair"]
+    values: Float[Tensor, " pair"]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Active pairs of neighbouring latents, which are counted from the first of them."""
+
+    rows: slice
+    active: TokenMajorPairs
+    pairs: LatentMajorPairs
+
+    @classmethod
+    def of(cls, active: TokenMajorPairs, rows: slice, centred: Tensor, weights: Weights, *, exact: bool) -> _Group:
+        own = active[((active.latents >= rows.start) & (active.latents < rows.stop)).nonzero()[:, 0]]
+        latents = own.latents - rows.start
+        pairs = LatentMajorPairs(latents, rows.stop - rows.start, tokens=own.tokens, n_tokens=own.n_tokens)
+        values = own.values
+        if not exact:
+            values = pairs.scatter(pairs.dots(weights.encoder[rows], centred) + weights.b_enc[rows][pairs.latents])
+        return cls(rows, TokenMajorPairs(own.tokens, latents, values.relu(), own.n_tokens), pairs)
+
+
+def _write_gradients(
+    pairs: LatentMajorPairs,
+    active: Float[Tensor, " pair"],
+    centred: Tensor,
+    error: Tensor,
+    slope: float,
+    weights: Weights,
+    grads: Weights,
+    rows: slice = slice(None),
+) -> None:
+    """Gradients of `encoder`, `W_dec` and `b_enc` of some latents, from the error they answer for."""
+    d_active = torch.where(active > 0, pairs.dots(weights.W_dec[rows], error) * slope, 0.0)
+    pairs.sum_tokens(d_active, centred, out=grads.encoder[rows])
+    pairs.sum_tokens(active * slope, error, out=grads.W_dec[rows])
+    grads.b_enc[rows].copy_(pairs.sums(d_active))
 
 
 def _add_aux(

@@ -107,30 +107,101 @@ def combine(
     return torch.nn.functional.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
 
 
+@dataclass(frozen=True)
+class TokenMajorPairs:
+    """Active (token, latent) pairs in the order of tokens, as many a token as it has.
+
+    Args:
+        tokens: of each pair, ascending.
+        latents: of each pair; a token has no latent twice.
+        values: pre-activation or activation of each pair.
+        n_tokens: tokens in all.
+    """
+
+    tokens: Int[Tensor, " pair"]
+    latents: Int[Tensor, " pair"]
+    values: Float[Tensor, " pair"]
+    n_tokens: int
+
+    def __getitem__(self, chosen: Tensor) -> TokenMajorPairs:
+        """Some of the pairs."""
+        return TokenMajorPairs(self.tokens[chosen], self.latents[chosen], self.values[chosen], self.n_tokens)
+
+    def combine(self, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "token d_in"]:
+        """Sum of rows weighted by values, per token."""
+        counts = torch.bincount(self.tokens, minlength=self.n_tokens)
+        starts = counts.cumsum(0) - counts
+        return torch.nn.functional.embedding_bag(self.latents, rows, starts, per_sample_weights=self.values, mode="sum")
+
+
+def select_batch_top(
+    x: Float[Tensor, "token d_in"], weight: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"], n_pairs: int
+) -> TokenMajorPairs:
+    """The `n_pairs` largest pre-activations of the whole batch, of those above 0; chunk by chunk.
+
+    All entries above some lower bound are gathered, then the largest of these are kept; the bound is lowered until
+    there are enough. A few tokens of the batch tell where to begin.
+    """
+    sample = torch.addmm(bias, x[:: max(1, len(x) // 64)][:64], weight).flatten()
+    share = n_pairs / (len(x) * weight.shape[1])
+    bound = 0.8 * float(sample.topk(max(1, round(share * len(sample)))).values[-1])
+    while True:
+        found = _entries_above(x, weight, bias, max(bound, 0.0))
+        if len(found.values) >= n_pairs or bound <= 0:
+            break
+        bound = bound / 2 if bound > 1e-6 else 0.0
+    if len(found.values) <= n_pairs:
+        return found
+    return found[found.values.topk(n_pairs, sorted=False).indices.sort().values]
+
+
+def _entries_above(x: Tensor, weight: Tensor, bias: Tensor, bound: float) -> TokenMajorPairs:
+    tokens, latents, values = [], [], []
+    size = chunk_tokens(weight.shape[1])
+    for number, chunk in enumerate(torch.split(x, size)):
+        pre = torch.addmm(bias, chunk, weight)
+        rows, columns = (pre > bound).nonzero(as_tuple=True)
+        tokens.append(rows + number * size)
+        latents.append(columns)
+        values.append(pre[rows, columns])
+    return TokenMajorPairs(torch.cat(tokens), torch.cat(latents), torch.cat(values), len(x))
+
+
 class LatentMajorPairs:
     """(token, latent) pairs sorted by latent: a compressed sparse [d_sae, token] matrix without its values.
 
     Args:
-        indices: latent of each slot; a token has no latent twice.
+        indices: latent of each slot, one row a token; or of each pair, where `tokens` are given. A token has no latent
+            twice.
         d_sae: number of latents.
+        tokens: token of each pair.
+        n_tokens: tokens in all, where `tokens` are given.
     """
 
-    def __init__(self, indices: Int[Tensor, "token slot"], d_sae: int) -> None:
-        self.n_tokens, self.n_slots = indices.shape
+    def __init__(
+        self,
+        indices: Int[Tensor, "*slot"],
+        d_sae: int,
+        *,
+        tokens: Int[Tensor, " pair"] | None = None,
+        n_tokens: int | None = None,
+    ) -> None:
+        self.shape = indices.shape
+        self.n_tokens = len(indices) if n_tokens is None else n_tokens
         self.d_sae = d_sae
         # 32 bits are what the sparse kernels use; they would convert wider ones in each product.
         self.latents, self.order = indices.flatten().int().sort()
-        self.tokens = (self.order // self.n_slots).int()
+        self.tokens = (self.order // indices.shape[1] if tokens is None else tokens[self.order]).int()
         self.starts = torch.zeros(d_sae + 1, dtype=torch.int32, device=indices.device)
         torch.cumsum(torch.bincount(self.latents, minlength=d_sae), 0, dtype=torch.int32, out=self.starts[1:])
 
-    def gather(self, slots: Float[Tensor, "token slot"]) -> Float[Tensor, " pair"]:
+    def gather(self, slots: Float[Tensor, "*slot"]) -> Float[Tensor, " pair"]:
         """Bring values of slots into the order of the pairs."""
         return slots.flatten()[self.order]
 
-    def scatter(self, pairs: Float[Tensor, " pair"]) -> Float[Tensor, "token slot"]:
+    def scatter(self, pairs: Float[Tensor, " pair"]) -> Float[Tensor, "*slot"]:
         """Bring values of pairs back into slots."""
-        return torch.empty_like(pairs).index_copy_(0, self.order, pairs).view(self.n_tokens, self.n_slots)
+        return torch.empty_like(pairs).index_copy_(0, self.order, pairs).view(self.shape)
 
     def dots(self, rows: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "token d_in"]) -> Float[Tensor, " pair"]:
         """The dot product of each pair: the row of its latent with its token."""

@@ -1,4 +1,4 @@
-"""Training a TopK SAE on stored activations: one loop, read top to bottom."""
+"""Training an SAE on stored activations: one loop, read top to bottom."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,9 +18,9 @@ from torch import Tensor
 from saetools.errors import InputError, IntegrityError, NonFiniteError
 from saetools.provenance import versions
 from saetools.sae.io import save_sae
-from saetools.sae.loss import Weights, topk_step
 from saetools.sae.model import SAE, SAEMetadata
-from saetools.sae.nonlinearity import TopK
+from saetools.sae.objective import AnyLoss, StepContext, TopKLoss
+from saetools.sae.weights import Weights, empty_like
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class TrainConfig:
 
     d_sae: int = 8192
     """Number of latents."""
-    k: int = 32
-    """Active latents a token."""
+    loss: AnyLoss = TopKLoss()
+    """What kind of SAE, and how sparse."""
     n_tokens: int = 10_000_000
     """Tokens to train on in all; the data is gone through as often as that takes."""
     batch_size: int = 4096
@@ -41,22 +41,26 @@ class TrainConfig:
     """Steps over which the learning rate rises from 0."""
     decay_fraction: float = 0.3
     """Last part of the run over which the learning rate falls to 0."""
-    k_aux: int = 256
-    """Dead latents that learn from each token's error."""
-    aux_coefficient: float = 1 / 32
-    """Weight of that loss."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How it falls."""
+    clip_norm: float | None = None
+    """Longest gradient, over all weights together; `None` leaves gradients alone."""
     dead_after_tokens: int = 400_000
     """A latent that has not fired for so many tokens is dead."""
     outlier_factor: float = 8.0
     """Tokens with more than this multiple of the median norm are left out (and counted)."""
     encode_dtype: str = "bfloat16"
-    """Dtype of the product that chooses latents; their values are always computed in float32."""
+    """Dtype of the encoder product; sparse losses compute the values of the latents it chooses in float32."""
     seed: int = 0
     """Of initial weights and data order."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     log_every: int = 25
     """Steps between lines of the log."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All settings, with the name of the loss."""
+        return {**dataclasses.asdict(self), "loss": {"kind": type(self.loss).__name__, **vars(self.loss)}}
 
 
 @runtime_checkable
@@ -100,6 +104,7 @@ class Progress:
 class _State:
     weights: Weights
     grads: Weights  # overwritten in every step
+    buffers: dict[str, Tensor]  # running figures of the loss
     optimizer: torch.optim.Adam
     last_fired: Tensor  # tokens seen since each latent fired
     scale: float  # inputs are multiplied by this, so that their mean norm is sqrt(d_model)
@@ -116,7 +121,7 @@ def train_sae(
     on_progress: Callable[[Progress], None] | None = None,
     device: torch.device | str = "cpu",
 ) -> SAE:
-    """Train a TopK SAE; a run that was killed goes on from its last checkpoint, to the same bytes.
+    """Train an SAE; a run that was killed goes on from its last checkpoint, to the same bytes.
 
     Inputs are scaled to a mean norm of sqrt(d_model) and centred by b_dec while training; both are folded into the
     weights that are returned and saved, which take the residual stream as it is. (Bytes are equal for equal versions,
@@ -140,7 +145,7 @@ def train_sae(
         >>> folder = tempfile.mkdtemp()
         >>> texts = [Conversation(text=pair.neutral) for pair in load_voices()[:4]]
         >>> store = harvest(lm, [Site(1)], list(tokenize(texts, lm.tokenizer)), folder + "/store")
-        >>> config = TrainConfig(d_sae=64, k=4, batch_size=64, n_tokens=640)
+        >>> config = TrainConfig(d_sae=64, loss=TopKLoss(k=4), batch_size=64, n_tokens=640)
         >>> train_sae(store.at(Site(1)), config, folder + "/sae").d_sae
         64
     """
@@ -150,7 +155,7 @@ def train_sae(
     n_steps = config.n_tokens // config.batch_size
     _check(config, steps_per_epoch, n_steps)
     identity = _identity(config, metadata, steps_per_epoch)
-    state = _load_checkpoint(out, identity, device) or _initialise(source, config, device)
+    state = _load_checkpoint(out, identity, config.loss, device) or _initialise(source, config, device)
     _trim_log(out / "train.jsonl", state.step)
     window = _Window(state.step)
     encode_dtype = getattr(torch, config.encode_dtype)
@@ -162,26 +167,17 @@ def train_sae(
             norms = _finite_norms(x, f"at step {state.step}; the last checkpoint in {out} stands")
             x = x[norms <= config.outlier_factor * state.median_norm].mul_(state.scale)
             dead = state.last_fired >= config.dead_after_tokens
-            result = topk_step(
-                x,
-                state.weights,
-                config.k,
-                encode_dtype=encode_dtype,
-                dead=dead,
-                k_aux=config.k_aux,
-                aux_coefficient=config.aux_coefficient,
-                grads=state.grads,
-            )
+            context = StepContext(dead, encode_dtype, state.step, state.buffers)
+            result = config.loss.step(x, state.weights, state.grads, context)
             if not bool(torch.isfinite(result.loss)):
                 raise NonFiniteError(
                     f"the loss is not finite at step {state.step}; the last checkpoint in {out} stands. Lower lr"
                 )
             lr = _learning_rate(config, state.step, n_steps)
-            _update(state, lr)
-            fired = torch.bincount(result.indices.flatten(), result.values.flatten(), minlength=config.d_sae) > 0
-            state.last_fired.add_(len(x)).masked_fill_(fired, 0)
+            _update(state, lr, config)
+            state.last_fired.add_(len(x)).masked_fill_(result.fired, 0)
             state.step += 1
-            window.add(x, result.error, result.values, dead, n_left_out=len(batch) - len(x))
+            window.add(x, result.error, result.n_active, dead, n_left_out=len(batch) - len(x))
             if state.step % config.log_every == 0 or state.step == n_steps:
                 progress = window.close(state.step, n_steps, lr)
                 with (out / "train.jsonl").open("a", encoding="utf-8") as log:
@@ -210,15 +206,15 @@ def _check(config: TrainConfig, steps_per_epoch: int, n_steps: int) -> None:
         raise InputError(
             "config.encode_dtype", expected="float32 or bfloat16", received=repr(config.encode_dtype), remedy="pick one"
         )
-    if config.k > config.d_sae:
-        raise InputError("config.k", expected=f"at most d_sae = {config.d_sae}", received=config.k, remedy="lower k")
+    config.loss.check(config.d_sae)
 
 
 def _identity(config: TrainConfig, metadata: SAEMetadata, steps_per_epoch: int) -> dict[str, Any]:
     """What has to be equal for a run to be continued."""
     activations = {"model_name": metadata.model_name, "site": metadata.site, "steps_per_epoch": steps_per_epoch}
     origin: dict[str, Any] = json.loads(json.dumps(metadata.provenance))
-    return dataclasses.asdict(config) | activations | origin
+    settings: dict[str, Any] = json.loads(json.dumps(config.as_json()))
+    return settings | activations | origin
 
 
 def _initialise(source: ActivationSource, config: TrainConfig, device: torch.device | str) -> _State:
@@ -237,8 +233,9 @@ def _initialise(source: ActivationSource, config: TrainConfig, device: torch.dev
         b_enc=torch.zeros(config.d_sae, device=device),
         b_dec=_geometric_median(sample).mul_(scale),
     )
+    started, buffers = config.loss.start(weights)
     last_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
-    return _state(weights, last_fired, scale, median_norm)
+    return _state(started, buffers, last_fired, scale, median_norm)
 
 
 def _finite_norms(x: Float[Tensor, "token d_in"], where: str) -> Float[Tensor, " token"]:
@@ -257,11 +254,18 @@ def _geometric_median(points: Float[Tensor, "token d_in"], *, n_steps: int = 20)
     return centre
 
 
-def _state(weights: Weights, last_fired: Tensor, scale: float, median_norm: float, step: int = 0) -> _State:
-    grads = weights.empty_like()
+def _state(
+    weights: Weights,
+    buffers: dict[str, Tensor],
+    last_fired: Tensor,
+    scale: float,
+    median_norm: float,
+    step: int = 0,
+) -> _State:
+    grads = empty_like(weights)
     for weight, grad in zip(vars(weights).values(), vars(grads).values(), strict=True):
         weight.grad = grad
-    return _State(weights, grads, _adam(weights), last_fired, scale, median_norm, step)
+    return _State(weights, grads, buffers, _adam(weights), last_fired, scale, median_norm, step)
 
 
 def _adam(weights: Weights) -> torch.optim.Adam:
@@ -271,17 +275,22 @@ def _adam(weights: Weights) -> torch.optim.Adam:
 def _learning_rate(config: TrainConfig, step: int, n_steps: int) -> float:
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay_steps = max(1, round(config.decay_fraction * n_steps))
-    return config.lr * warm * min(1.0, (n_steps - step) / decay_steps)
+    left = min(1.0, (n_steps - step) / decay_steps)
+    return config.lr * warm * (left if config.decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 @torch.no_grad()
-def _update(state: _State, lr: float) -> None:
-    """One Adam step on the sphere: no gradient along decoder rows, and rows back to length 1."""
+def _update(state: _State, lr: float, config: TrainConfig) -> None:
+    """One Adam step; for unit rows on the sphere: no gradient along decoder rows, and rows back to length 1."""
     rows, gradient = state.weights.W_dec, state.grads.W_dec
-    gradient.addcmul_(rows, torch.linalg.vecdot(gradient, rows)[:, None], value=-1)
+    if config.loss.unit_norm:
+        gradient.addcmul_(rows, torch.linalg.vecdot(gradient, rows)[:, None], value=-1)
+    if config.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(list(vars(state.weights).values()), config.clip_norm)
     state.optimizer.param_groups[0]["lr"] = lr
     state.optimizer.step()
-    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+    if config.loss.unit_norm:
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
 class _Window:
@@ -296,10 +305,10 @@ class _Window:
         self.n_tokens = self.n_left_out = 0
         self.dead = 0.0
 
-    def add(self, x: Tensor, error: Tensor, values: Tensor, dead: Tensor, *, n_left_out: int) -> None:
+    def add(self, x: Tensor, error: Tensor, n_active: Tensor, dead: Tensor, *, n_left_out: int) -> None:
         self.error += float(torch.linalg.vector_norm(error)) ** 2
         self.variance += float(torch.linalg.vector_norm(x)) ** 2 - len(x) * float(x.mean(0).square().sum())
-        self.active += int((values > 0).sum())
+        self.active += int(n_active)
         self.n_tokens += len(x)
         self.n_left_out += n_left_out
         self.dead = float(dead.float().mean())
@@ -322,14 +331,17 @@ class _Window:
 
 def _fold(state: _State, config: TrainConfig, metadata: SAEMetadata) -> SAE:
     d_sae, d_in = state.weights.W_dec.shape
-    provenance = {**metadata.provenance, "train": dataclasses.asdict(config), "versions": versions()}
+    provenance = {**metadata.provenance, "train": config.as_json(), "versions": versions()}
     metadata = dataclasses.replace(metadata, median_norm=state.median_norm, provenance=provenance)
-    sae = SAE(d_in, d_sae, TopK(config.k), metadata=metadata)
+    weights, norms = state.weights, torch.linalg.vector_norm(state.weights.W_dec, dim=1)
+    norms = torch.ones_like(norms) if config.loss.unit_norm else norms.clamp_min(1e-8)
+    unit = norms / state.scale  # of a latent's activation, in units of the residual stream
+    sae = SAE(d_in, d_sae, config.loss.nonlinearity(weights, state.buffers, unit).cpu(), metadata=metadata)
     with torch.no_grad():
-        sae.encoder.copy_(state.weights.encoder)
-        sae.W_dec.copy_(state.weights.W_dec)
-        sae.b_enc.copy_(state.weights.b_enc / state.scale)
-        sae.b_dec.copy_(state.weights.b_dec / state.scale)
+        sae.encoder.copy_(weights.encoder * norms[:, None])
+        sae.W_dec.copy_(weights.W_dec / norms[:, None])
+        sae.b_enc.copy_(weights.b_enc * unit)
+        sae.b_dec.copy_(weights.b_dec / state.scale)
     return sae.eval().requires_grad_(False)
 
 
@@ -340,6 +352,7 @@ def _save_checkpoint(out: Path, identity: Mapping[str, Any], state: _State) -> N
     for name, weight in vars(state.weights).items():
         slot = state.optimizer.state[weight]
         tensors |= {f"adam.{name}.exp_avg": slot["exp_avg"], f"adam.{name}.exp_avg_sq": slot["exp_avg_sq"]}
+    tensors |= {f"buffers.{name}": value for name, value in state.buffers.items()}
     tensors["last_fired"] = state.last_fired
     facts = {
         "step": str(state.step),
@@ -355,7 +368,9 @@ def _save_checkpoint(out: Path, identity: Mapping[str, Any], state: _State) -> N
         temporary.unlink(missing_ok=True)
 
 
-def _load_checkpoint(out: Path, identity: Mapping[str, Any], device: torch.device | str) -> _State | None:
+def _load_checkpoint(
+    out: Path, identity: Mapping[str, Any], loss: AnyLoss, device: torch.device | str
+) -> _State | None:
     from safetensors import SafetensorError, safe_open
 
     file = out / "checkpoint.safetensors"
@@ -374,9 +389,11 @@ def _load_checkpoint(out: Path, identity: Mapping[str, Any], device: torch.devic
                 received=f"{out}, where {', '.join(different)} differ",
                 remedy="choose another folder",
             )
-        weights = Weights(**{name: tensors[f"weights.{name}"] for name in Weights.__dataclass_fields__})
+        kind = loss.weights_type
+        weights = kind(**{field.name: tensors[f"weights.{field.name}"] for field in dataclasses.fields(kind)})
+        buffers = {name.removeprefix("buffers."): tensors[name] for name in tensors if name.startswith("buffers.")}
         scale, median_norm = float.fromhex(facts["scale"]), float.fromhex(facts["median_norm"])
-        state = _state(weights, tensors["last_fired"], scale, median_norm, int(facts["step"]))
+        state = _state(weights, buffers, tensors["last_fired"], scale, median_norm, int(facts["step"]))
         for name, weight in vars(weights).items():
             state.optimizer.state[weight] = {
                 "step": torch.tensor(float(state.step), device=device),

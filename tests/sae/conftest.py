@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from saetools.sae import SAE, AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, SAEMetadata, TopK
-from saetools.sae.loss import Weights
+from saetools.sae.weights import Weights
 
 
 @pytest.fixture(autouse=True)

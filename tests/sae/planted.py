@@ -58,6 +58,7 @@ class Planted:
 
 
 if __name__ == "__main__":
+    from saetools.sae import objective
     from saetools.sae.train import Progress, TrainConfig, train_sae
 
     torch.set_num_threads(1)
@@ -66,5 +67,7 @@ if __name__ == "__main__":
         print(progress.step, flush=True)
         sys.stdin.readline()
 
-    settings = TrainConfig(**json.loads(sys.argv[2]))
-    train_sae(Planted(), settings, sys.argv[1], on_progress=report)
+    settings = json.loads(sys.argv[2])
+    kind = getattr(objective, settings["loss"].pop("kind"))
+    config = TrainConfig(**settings | {"loss": kind(**settings["loss"])})
+    train_sae(Planted(), config, sys.argv[1], on_progress=report)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from saetools.sae import sparse
-from saetools.sae.loss import Weights, topk_step
+from saetools.sae.loss import topk_step
+from saetools.sae.weights import Weights
 
 K, K_AUX, COEFFICIENT = 4, 3, 0.5
 

@@ -18,11 +18,31 @@ from planted import D_MODEL, Planted
 from safetensors.torch import load_file
 
 from saetools.errors import InputError, IntegrityError, NonFiniteError
-from saetools.sae import SAEMetadata, TrainConfig, load_sae, train, train_sae
+from saetools.sae import (
+    BatchTopKLoss,
+    GatedLoss,
+    JumpReLULoss,
+    MatryoshkaLoss,
+    SAEMetadata,
+    StandardLoss,
+    TopKLoss,
+    TrainConfig,
+    load_sae,
+    objective,
+    train,
+    train_sae,
+)
 from saetools.sae.loss import topk_step
 
 QUICK = TrainConfig(
-    d_sae=48, k=3, n_tokens=40 * 64, batch_size=64, warmup_steps=5, checkpoint_every=7, log_every=1, lr=2e-3
+    d_sae=48,
+    loss=TopKLoss(k=3),
+    n_tokens=40 * 64,
+    batch_size=64,
+    warmup_steps=5,
+    checkpoint_every=7,
+    log_every=1,
+    lr=2e-3,
 )
 """40 steps over three epochs."""
 
@@ -46,7 +66,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_planted_features_are_found(tmp_path: Path):
     config = TrainConfig(
-        d_sae=72, k=3, n_tokens=1500 * 256, batch_size=256, lr=3e-3, warmup_steps=50, dead_after_tokens=20_000, k_aux=16
+        d_sae=72,
+        loss=TopKLoss(k=3, k_aux=16),
+        n_tokens=1500 * 256,
+        batch_size=256,
+        lr=3e-3,
+        warmup_steps=50,
+        dead_after_tokens=20_000,
     )
     source = Planted()
     sae = train_sae(source, config, tmp_path)
@@ -69,11 +95,13 @@ def test_auxiliary_loss_revives_dead_latents(tmp_path: Path, monkeypatch: pytest
         return state
 
     monkeypatch.setattr(train, "_initialise", with_dead)
-    base = dataclasses.replace(QUICK, n_tokens=300 * 64, dead_after_tokens=1000, k_aux=16, lr=0.01, log_every=10)
+    base = dataclasses.replace(QUICK, n_tokens=300 * 64, dead_after_tokens=1000, lr=0.01, log_every=10)
     dead = {}
     for coefficient in (0.0, 1 / 4):
         folder = tmp_path / str(coefficient)
-        train_sae(Planted(), dataclasses.replace(base, aux_coefficient=coefficient), folder)
+        train_sae(
+            Planted(), dataclasses.replace(base, loss=TopKLoss(k=3, k_aux=16, aux_coefficient=coefficient)), folder
+        )
         dead[coefficient] = log_of(folder)[-1]["dead"]
     assert dead[0.0] > 0.7
     assert dead[1 / 4] < 0.3
@@ -90,7 +118,7 @@ def test_scale_and_centre_are_folded_into_the_saved_weights(tmp_path: Path, monk
     (state,) = states
     x = Planted().draw(100, seed=5)
     assert (x * state.scale).norm(dim=1).mean() == pytest.approx(math.sqrt(D_MODEL), rel=0.05)
-    scaled = topk_step(x * state.scale, state.weights, QUICK.k)
+    scaled = topk_step(x * state.scale, state.weights, QUICK.loss.k)
     latents = sae.encode(x)
     assert torch.equal(latents.to_dense() > 0, torch.zeros(100, 48).scatter_(1, scaled.indices, scaled.values) > 0)
     sums = torch.zeros(48).index_add_(0, scaled.indices.flatten(), scaled.values.flatten())
@@ -102,7 +130,7 @@ def test_scale_and_centre_are_folded_into_the_saved_weights(tmp_path: Path, monk
 def test_result_and_log(finished: Path):
     sae = load_sae(finished)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
-    assert sae.metadata.provenance["train"] == dataclasses.asdict(QUICK)
+    assert sae.metadata.provenance["train"] == QUICK.as_json()
     log = log_of(finished)
     assert [line["step"] for line in log] == list(range(1, 41))
     assert log[-1]["fvu"] < log[0]["fvu"]
@@ -121,14 +149,14 @@ def test_log_counts_fvu_l0_and_outliers(tmp_path: Path, monkeypatch: pytest.Monk
             return x
 
     steps = []
-    step = train.topk_step
+    step = objective.topk_step
 
     def spy(x: torch.Tensor, *args: Any, **settings: Any) -> Any:
         result = step(x, *args, **settings)
         steps.append((x, result.error.clone(), result.values.clone()))
         return result
 
-    monkeypatch.setattr(train, "topk_step", spy)
+    monkeypatch.setattr(objective, "topk_step", spy)
     config = dataclasses.replace(QUICK, n_tokens=10 * 64, log_every=5)
     sae = train_sae(WithOutliers(), config, tmp_path)
     for line, done in zip(log_of(tmp_path), (steps[:5], steps[5:]), strict=True):
@@ -150,7 +178,7 @@ def test_progress_is_the_log(tmp_path: Path):
 
 def test_a_killed_run_ends_in_the_same_bytes(finished: Path, tmp_path: Path):
     command = [sys.executable, str(Path(__file__).with_name("planted.py")), str(tmp_path)]
-    command.append(json.dumps(dataclasses.asdict(QUICK)))
+    command.append(json.dumps(QUICK.as_json()))
     steps = []
     for _ in range(2):
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -181,6 +209,31 @@ def interrupt(folder: Path, at_step: int, source: Any = None, **settings: Any) -
         train_sae(source or Planted(), QUICK, folder, on_progress=stop, **settings)
 
 
+LOSSES = [
+    BatchTopKLoss(k=3),
+    MatryoshkaLoss(k=3, shares=(0.25, 0.5, 1.0)),
+    StandardLoss(sparsity=0.5, target_l0=4.0, sparsity_warmup_steps=10),
+    GatedLoss(sparsity=0.5, target_l0=4.0, sparsity_warmup_steps=10),
+    JumpReLULoss(target_l0=4.0, sparsity_warmup_steps=10),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_every_kind_goes_on_to_the_same_bytes(tmp_path: Path, loss: Any):
+    config = dataclasses.replace(QUICK, loss=loss, decay="cosine", clip_norm=1.0)
+    train_sae(Planted(), config, tmp_path / "whole")
+
+    def stop(progress: train.Progress) -> None:
+        if progress.step == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(Planted(), config, tmp_path / "parts", on_progress=stop)
+    train_sae(Planted(), config, tmp_path / "parts")
+    assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert load_sae(tmp_path / "parts").metadata.provenance["train"]["loss"]["kind"] == type(loss).__name__
+
+
 @pytest.mark.parametrize("step", [1, 7, 16, 17, 39, 40])
 def test_an_interrupted_run_ends_in_the_same_bytes(finished: Path, tmp_path: Path, step: int):
     interrupt(tmp_path, step)
@@ -193,7 +246,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(finished: Path, tmp_path: Pat
 
 def test_a_finished_run_is_not_done_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = (finished / WEIGHTS).read_bytes()
-    monkeypatch.setattr(train, "topk_step", None)
+    monkeypatch.setattr(objective, "topk_step", None)
     train_sae(Planted(), QUICK, finished)
     assert (finished / WEIGHTS).read_bytes() == before
 
@@ -201,7 +254,7 @@ def test_a_finished_run_is_not_done_again(finished: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("changes", "metadata", "source", "words"),
     [
-        ({"lr": 1e-3, "k": 2}, {}, Planted(), "where k, lr differ"),
+        ({"lr": 1e-3, "loss": TopKLoss(k=2)}, {}, Planted(), "where loss, lr differ"),
         ({}, {"site": "blocks.1.hook_resid_post"}, Planted(), "where site differ"),
         ({}, {"model_name": "other"}, Planted(), "where model_name differ"),
         ({}, {"provenance": {"activations": {"data_sha256": "other"}}}, Planted(), "where activations differ"),
@@ -282,7 +335,12 @@ def test_a_loss_that_is_not_finite(tmp_path: Path):
         ({"batch_size": 10_000}, "config.batch_size: expected at most"),
         ({"n_tokens": 10}, "config.batch_size: expected at most"),
         ({"encode_dtype": "float16"}, "config.encode_dtype: expected float32 or bfloat16, received 'float16'"),
-        ({"k": 49}, "config.k: expected at most d_sae = 48"),
+        ({"loss": TopKLoss(k=49)}, "loss.k: expected 1 to d_sae = 48, received 49"),
+        ({"loss": MatryoshkaLoss(k=3, shares=(0.5, 0.25, 1.0))}, "loss.shares: expected ascending shares"),
+        ({"loss": MatryoshkaLoss(k=3, shares=(0.5,))}, "loss.shares: expected ascending shares"),
+        ({"loss": StandardLoss(sparsity=0.0)}, "loss.sparsity: expected more than 0"),
+        ({"loss": GatedLoss(target_l0=48.0)}, "loss.target_l0: expected more than 0, below 48"),
+        ({"loss": JumpReLULoss(sparsity_warmup_steps=0)}, "loss.sparsity_warmup_steps: expected 1 or more"),
     ],
 )
 def test_impossible_settings(tmp_path: Path, changes: dict[str, Any], words: str):
