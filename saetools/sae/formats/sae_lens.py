@@ -8,7 +8,6 @@ understood as SAELens 6 understands them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,11 +19,20 @@ from torch import Tensor
 
 from saetools.errors import InputError, IntegrityError, SaetoolsWarning
 from saetools.provenance import sha256_of_file, write_json
-from saetools.sae.formats.files import check_shapes, read_safetensors, write_safetensors
+from saetools.sae.formats.files import (
+    Checkpoint,
+    assemble,
+    check_shapes,
+    known_metadata,
+    read_statistics,
+    refuse_unknown,
+    write_safetensors,
+    write_statistics,
+)
 from saetools.sae.model import SAE, SAEMetadata
 from saetools.sae.nonlinearity import AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
 
-CONFIG, WEIGHTS, STATISTICS = "cfg.json", "sae_weights.safetensors", "latent_statistics.safetensors"
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _NORMS = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}
 _TRANSCODERS = {
     "transcoder": False,
@@ -35,9 +43,11 @@ _TRANSCODERS = {
 _ARCHITECTURES = ("topk", "standard", "jumprelu", "gated", "abstopk", "matching_pursuit", *_TRANSCODERS)
 
 
-def is_sae_lens(folder: Path) -> bool:
-    """Whether a folder holds this format."""
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether keys are those of this format; under SAELens' own file names some may be missing."""
+    if checkpoint.config_file and (checkpoint.file.name, checkpoint.config_file.name) == (WEIGHTS, CONFIG):
+        return True
+    return "W_dec" in checkpoint.names and {"d_in", "d_sae"} <= checkpoint.config.keys()
 
 
 def save(sae: SAE, folder: Path, storage_dtype: torch.dtype | None) -> None:
@@ -45,9 +55,7 @@ def save(sae: SAE, folder: Path, storage_dtype: torch.dtype | None) -> None:
     architecture, tensors = _describe(sae)
     (folder / CONFIG).unlink(missing_ok=True)
     write_safetensors(folder / WEIGHTS, tensors, storage_dtype)
-    (folder / STATISTICS).unlink(missing_ok=True)
-    if sae.p99 is not None:
-        write_safetensors(folder / STATISTICS, {"p99": sae.p99}, torch.float32)
+    write_statistics(sae, folder)
     metadata = sae.metadata
     config = {
         **architecture,
@@ -120,33 +128,40 @@ def _describe(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings, tensors
 
 
-def load(folder: Path) -> SAE:
+def load(checkpoint: Checkpoint) -> SAE:
     """Read an SAE of any of SAELens' architectures that encode tokens one by one.
 
     Raises:
         InputError: for a temporal SAE, or settings that cannot be applied at run time.
-        IntegrityError: if a file is damaged, or the weights are not those the config was written with.
+        IntegrityError: if tensors are missing, or the weights are not those the config was written with.
     """
-    try:
-        config = _modernise(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        ours = (config.get("metadata") or {}).get("saetools")
-        if ours and ours["weights_sha256"] != sha256_of_file(folder / WEIGHTS):
-            raise IntegrityError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written with; save it again")
-        _check_supported(config, folder)
-        tensors = {key: tensor.float() for key, tensor in read_safetensors(folder / WEIGHTS).items()}
-        sae = _build(config, tensors, folder / WEIGHTS)
-        sae.metadata = _metadata(config, ours)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise IntegrityError(f"{folder / CONFIG} is damaged ({error!r}); fetch or save the SAE again") from error
-    if (folder / STATISTICS).is_file():
-        p99 = read_safetensors(folder / STATISTICS).get("p99")
-        if p99 is None or p99.shape != (sae.d_sae,):
-            raise IntegrityError(
-                f"{folder / STATISTICS} does not belong to these weights; delete it or save the SAE again"
-            )
-        sae.p99 = p99
+    file = checkpoint.file
+    config = _modernise(checkpoint.config)
+    ours = (config.get("metadata") or {}).get("saetools")
+    if ours and ours["weights_sha256"] != sha256_of_file(file):
+        raise IntegrityError(f"{file} is not the file that {CONFIG} was written with; save it again")
+    _check_supported(config, str(file.parent))
+    sae = _build(config, checkpoint.tensors(), file)
+    sae.metadata = known_metadata(ours) if ours else _metadata(config)
+    read_statistics(sae, file.parent)
+    return sae
+
+
+def from_sae_lens(theirs: Any, name: str) -> SAE:
+    """An SAE of SAELens', in memory, as one of ours; it shares the weights where it can.
+
+    Args:
+        theirs: a `sae_lens.SAE`.
+        name: what messages call it.
+
+    Raises:
+        InputError: as `load` does.
+    """
+    config = theirs.cfg.to_dict()
+    _check_supported(config, name)
+    tensors = {key: tensor.detach() for key, tensor in theirs.state_dict().items()}
+    sae = _build(config, tensors, Path(name))
+    sae.metadata = _metadata(config)
     return sae
 
 
@@ -169,12 +184,12 @@ def _modernise(config: Mapping[str, Any]) -> dict[str, Any]:
     return modern
 
 
-def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
+def _check_supported(config: Mapping[str, Any], name: str) -> None:
     if config.get("architecture") not in _ARCHITECTURES:
         raise InputError(
             "path",
             expected="an SAE of architecture " + ", ".join(_ARCHITECTURES),
-            received=f"{config.get('architecture')!r} in {folder}",
+            received=f"{config.get('architecture')!r} in {name}",
             remedy="load one of these architectures; others encode whole contexts, not tokens",
         )
     if config.get("reshape_activations") not in ("none", None):
@@ -187,11 +202,11 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
     norm = config.get("normalize_activations")
     if norm == "expected_average_only_in":
         warnings.warn(
-            f"{folder} was trained on activations scaled to a mean norm of sqrt(d_in). SAELens folds that scale into "
+            f"{name} was trained on activations scaled to a mean norm of sqrt(d_in). SAELens folds that scale into "
             "the weights when it saves and then says so; this config does not. If latents are far too strong, it was "
             "not folded: scale the inputs",
             SaetoolsWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     elif norm not in (None, *_NORMS.values()):
         raise InputError(
@@ -216,17 +231,9 @@ def _build(config: Mapping[str, Any], tensors: dict[str, Tensor], file: Path) ->
     if _TRANSCODERS.get(name):
         shapes["W_skip"] = (d_out, d_in)
     check_shapes(tensors, shapes, file)
-    # SAELens once wrote a scaling factor of ones, and ignores it.
-    unknown = [
-        key for key in tensors if key not in shapes and (key != "scaling_factor" or bool((tensors[key] != 1).any()))
-    ]
-    if unknown:
-        raise InputError(
-            "path",
-            expected="weights " + ", ".join(shapes),
-            received=f"also {', '.join(unknown)} in {file}",
-            remedy="fold what is beyond these into them",
-        )
+    if bool((tensors.get("scaling_factor", torch.ones(1)) == 1).all()):
+        tensors.pop("scaling_factor", None)  # SAELens once wrote ones, and ignores them
+    refuse_unknown(tensors, shapes, file)
     W_dec, b_dec, centres = tensors["W_dec"], tensors["b_dec"], bool(config.get("apply_b_dec_to_input", True))
     if name == "matching_pursuit":  # tied; what is not subtracted is not added either
         tensors |= {"W_enc": W_dec.T, "b_enc": W_dec.new_zeros(d_sae)}
@@ -236,22 +243,16 @@ def _build(config: Mapping[str, Any], tensors: dict[str, Tensor], file: Path) ->
         norms = W_dec.norm(dim=1).clamp_min(1e-8)
         encoder, b_enc, W_dec = encoder * norms[:, None], b_enc * norms, W_dec / norms[:, None]
     norm_of = {theirs: ours for ours, theirs in _NORMS.items()}
-    sae = SAE(
-        d_in,
-        d_sae,
+    return assemble(
         _nonlinearity(config, tensors),
-        d_out=d_out,
+        encoder=encoder,
+        W_dec=W_dec,
+        b_enc=b_enc,
+        b_dec=b_dec,
+        W_skip=tensors.get("W_skip"),
         apply_b_dec_to_input=centres and name not in _TRANSCODERS,
         input_norm=norm_of.get(config.get("normalize_activations") or "none", "none"),  # type: ignore[arg-type]
-        skip=_TRANSCODERS.get(name, False),
-        device="meta",
     )
-    weights = {"encoder": encoder, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-    if "W_skip" in shapes:
-        weights["W_skip"] = tensors["W_skip"]
-    for key, weight in weights.items():
-        setattr(sae, key, torch.nn.Parameter(weight.contiguous()))
-    return sae
 
 
 def _nonlinearity(
@@ -276,10 +277,7 @@ def _nonlinearity(
             return ReLU()
 
 
-def _metadata(config: Mapping[str, Any], ours: Mapping[str, Any] | None) -> SAEMetadata:
-    if ours:
-        names = {field.name for field in dataclasses.fields(SAEMetadata)}
-        return SAEMetadata(**{key: value for key, value in ours.items() if key in names})
+def _metadata(config: Mapping[str, Any]) -> SAEMetadata:
     theirs = config.get("metadata") or {}
     return SAEMetadata(
         model_name=theirs.get("model_name") or "",
