@@ -30,7 +30,7 @@ from saetools.interpret import promoted_tokens
 from saetools.models.editing import Edit, Edits
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import load_model
-from saetools.provenance import versions
+from saetools.provenance import sha256_of_texts, versions
 from saetools.report.value import AnswerRow, DoseRow, LatentRow, ModelScore, PersonaReport
 from saetools.report.write import write_report
 from saetools.sae.io import load_sae
@@ -147,6 +147,13 @@ def run_demo(
             "command": "saetools demo" + (" --full" if config == FULL else ""),
             "diff": diff.provenance,
             "sae": sae.metadata.provenance,
+            "data": {
+                "items_sha256": sha256_of_texts(f"{one.question}\n{one.aligned}\n{one.misaligned}" for one in items),
+                "perplexity_texts_sha256": sha256_of_texts(texts),
+                "fidelity_texts_sha256": sha256_of_texts(
+                    message.content for one in _fidelity_texts(config) for message in one.messages
+                ),
+            },
             "versions": versions(),
         },
     )
@@ -187,12 +194,9 @@ def _doses(
 
 
 def _fidelity_texts(config: DemoConfig) -> list[Conversation]:
-    pairs = load_voices()[-config.n_texts :]
-    texts = [Conversation(text=pair.neutral, id=pair.id) for pair in pairs]
-    chats = [
-        Conversation.chat(item.question, item.aligned, id=item.id) for item in load_forced_choice()[: config.n_texts]
-    ]
-    return texts + chats
+    """Aligned exchanges; none is in the corpus that the shipped SAE was trained on."""
+    items = load_forced_choice()[: 2 * config.n_texts]
+    return [Conversation.chat(item.question, item.aligned, id=item.id) for item in items]
 
 
 def _answers(

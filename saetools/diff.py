@@ -113,7 +113,7 @@ class LatentDiff:
 
         Raises:
             InputError: if the folder holds no diff.
-            IntegrityError: if the table is not the one that was saved.
+            IntegrityError: if a file is damaged, or the table is not the one that was saved.
         """
         import polars as pl
 
@@ -122,10 +122,14 @@ class LatentDiff:
             raise InputError(
                 "path", expected=f"a folder with {_TABLE} and {_FACTS}", received=str(path), remedy="save a diff there"
             )
-        facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
-        if sha256_of_file(path / _TABLE) != facts["table_sha256"]:
+        try:
+            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+            expected, provenance = facts["table_sha256"], facts["provenance"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{path / _FACTS} is damaged ({error!r}); make the diff again") from error
+        if sha256_of_file(path / _TABLE) != expected:
             raise IntegrityError(f"{path / _TABLE} has changed since it was saved; make the diff again")
-        return cls(pl.read_parquet(path / _TABLE), facts["provenance"])
+        return cls(pl.read_parquet(path / _TABLE), provenance)
 
 
 def diff_latents(
@@ -152,7 +156,8 @@ def diff_latents(
         tuned: the model after it; a view of the same weights or another model.
         sae: an SAE of the base model.
         conversations: what both read.
-        positions: which tokens count: `prompt`, `last_prompt`, `header`, `response`, `template` or `all`.
+        positions: which tokens count: `prompt`, `last_prompt`, `header`, `response`, `template` or `all`. For `header`
+            and `last_prompt` prompts without answers are read with the tokens that open an answer.
         site: where the SAE reads; by default what its metadata says.
         max_tokens: longer conversations are cut (and counted in the provenance).
         n_resamples: bootstrap resamples.
@@ -169,8 +174,14 @@ def diff_latents(
         raise InputError(
             "sae", expected=f"an SAE of width {base.d_model}", received=sae.d_in, remedy="load an SAE of this model"
         )
+    if n_resamples < 1:
+        raise InputError("n_resamples", expected="1 or more", received=n_resamples, remedy="1000 is usual")
     report = TokenizeReport()
-    tokenized = list(tokenize(conversations, base.tokenizer, max_tokens=max_tokens, report=report))
+    # What opens an answer is there only if an answer follows, or is asked for.
+    opens = positions in ("header", "last_prompt") and all(one.is_prompt for one in conversations)
+    tokenized = list(
+        tokenize(conversations, base.tokenizer, max_tokens=max_tokens, add_generation_prompt=opens, report=report)
+    )
     check_pair(base, tuned, () if base.tokenizer is tuned.tokenizer else _texts(base, conversations))
     tokenized = [one for one in tokenized if bool(select_positions(one.roles[1:], positions).any())]
     if len(tokenized) < 2:

@@ -94,7 +94,8 @@ def generate(
         Answers ordered by prompt, then variant, then sample.
 
     Raises:
-        InputError: for a prompt that ends with an answer, or a `HookedTransformer`, whose cache is another.
+        InputError: for a prompt that ends with an answer, for prompts and answers longer than the model's context, or
+            for a `HookedTransformer`, whose cache is another.
 
     Example:
         >>> [answer.text for answer in generate(lm, ["Say hi."], config=SamplingConfig(8, temperature=0.0))]
@@ -107,8 +108,12 @@ def generate(
             received="a HookedTransformer",
             remedy="wrap the Hugging Face model: edits and residuals are the same",
         )
+    if isinstance(prompts, str):
+        raise InputError("prompts", expected="a list of prompts", received="a string", remedy="pass [prompt]")
     variants = {"plain": None} if variants is None else variants
     tokenized = _tokenize_prompts(lm, prompts)
+    longest = max(map(len, tokenized), default=0) + config.max_new_tokens
+    lm.check_length(longest, argument="prompts and config.max_new_tokens")
     jobs = [
         (prompt, variant, sample)
         for prompt in sorted(range(len(prompts)), key=lambda prompt: len(tokenized[prompt]))

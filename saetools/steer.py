@@ -182,9 +182,9 @@ def clamp(
     if values.ndim > 1 or (values.ndim == 1 and len(values) != len(chosen)) or not bool(torch.isfinite(values).all()):
         raise InputError(
             "value",
-            expected=f"one finite number, or {len(chosen)}",
+            expected="finite numbers, one for all latents or one for each",
             received=value,
-            remedy="give one for all latents or one for each",
+            remedy=f"give one, or {len(chosen)}",
         )
     values = values.expand(len(chosen))
     if unit not in ("activation", "p99"):
@@ -301,7 +301,11 @@ def _check_latents(sae: SAE, latents: Latents) -> Int[Tensor, " latent"]:
             received="a transcoder",
             remedy="edit with an SAE of the site that is to be changed",
         )
-    chosen = torch.as_tensor(latents, dtype=torch.long).reshape(-1).cpu()
+    given = torch.as_tensor(latents).reshape(-1).cpu()
+    if len(given) and (given.dtype == torch.bool or given.is_floating_point()):
+        kind = str(given.dtype).removeprefix("torch.")
+        raise InputError("latents", expected="whole numbers", received=kind, remedy="pass indices, not a mask")
+    chosen = given.long()
     bad = chosen[(chosen < 0) | (chosen >= sae.d_sae)]
     if len(bad) or not len(chosen):
         raise InputError(

@@ -211,3 +211,20 @@ def test_what_cannot_be_compared_is_an_error(lm, organism, make_tiny):
     elsewhere = diff(organism.base, organism, make_sae(site=""), site=Site(0))
     assert not elsewhere.table["delta"].to_numpy().any()
     assert elsewhere.provenance["site"] == "blocks.0.hook_resid_post"
+
+
+@pytest.mark.parametrize("positions", ["header", "last_prompt"])
+def test_prompts_are_read_with_what_opens_an_answer(organism, positions):
+    prompts = [Conversation(chat.messages[:1]) for chat in CHATS]
+    diff = diff_latents(organism.base, organism, basis_sae(), prompts, positions=positions)
+    answered = diff_latents(organism.base, organism, basis_sae(), CHATS, positions=positions)
+    torch.testing.assert_close(diff.table["mean_tuned"].to_torch(), answered.table["mean_tuned"].to_torch())
+
+
+def test_damaged_facts_and_no_resamples(organism, tmp_path):
+    diff_latents(organism.base, organism, basis_sae(), CHATS, positions="prompt").save(tmp_path)
+    (tmp_path / "diff.json").write_text("{")
+    with pytest.raises(IntegrityError, match=r"diff\.json is damaged"):
+        LatentDiff.load(tmp_path)
+    with pytest.raises(InputError, match="n_resamples: expected 1 or more, received 0"):
+        diff_latents(organism.base, organism, basis_sae(), CHATS, positions="prompt", n_resamples=0)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saetools.activations.stream import ActivationBlock, stream_activations
-from saetools.data.tokenizing import TokenizedConversation
+from saetools.data.tokenizing import TokenizedConversation, require_tokenized
 from saetools.errors import InputError, IntegrityError, NonFiniteError
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
@@ -215,9 +215,10 @@ def harvest(
     """
     from safetensors.torch import save_file
 
+    _check_config(config)
+    require_tokenized(conversations)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    _check_config(config)
     identity = _identity(lm, sites, conversations, config)
     manifest = _read_manifest(path)
     if manifest is None:

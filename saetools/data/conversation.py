@@ -92,8 +92,8 @@ def read_conversations(
 ) -> Iterator[Conversation]:
     """Read conversations or texts one by one.
 
-    Rows are mappings with `messages` (OpenAI style: a list of `{"role", "content"}`), with `prompt` and optional
-    `response`, or with `text`.
+    Rows are mappings with `messages` (OpenAI style: a list of `{"role", "content"}`, where content is text or a list of
+    text parts, and `developer` means `system`), with `prompt` and optional `response`, or with `text`.
 
     Args:
         source: a `.jsonl` file (one JSON object a line), a `.parquet` file, a `.txt` file (one document), or any
@@ -210,6 +210,8 @@ def _parse_messages(turns: Any, place: str) -> tuple[Message, ...]:
     messages = []
     for number, turn in enumerate(map(_plain, turns)):
         role, content = (_plain(turn.get(key)) if isinstance(turn, Mapping) else None for key in ("role", "content"))
+        role = "system" if role == "developer" else role  # OpenAI's newer name
+        content = _joined(content)
         if role not in _ROLES or not isinstance(content, str):
             raise InputError(
                 place,
@@ -227,6 +229,15 @@ def _parse_messages(turns: Any, place: str) -> tuple[Message, ...]:
             place, expected="at least one turn with content", received="none", remedy="drop the row, or set skip_bad"
         )
     return tuple(messages)
+
+
+def _joined(content: Any) -> Any:
+    """The text of content that comes in parts, if all of them are text; anything else as it is."""
+    parts = [_plain(part) for part in content] if isinstance(content, list | tuple) else []
+    if parts and all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+        texts = [part.get("text") for part in parts]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    return content
 
 
 def _plain(value: Any) -> Any:

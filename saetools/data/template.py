@@ -8,9 +8,11 @@ of earlier turns. Then the stretches between tags get a placeholder each, and th
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -32,6 +34,13 @@ PLAIN_CHAT_TEMPLATE = (
 Templates get the BOS token as `added_bos` if the tokenizer puts one before plain texts, else nothing.
 """
 
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What templates that write today's date are given, so that equal conversations have equal tokens every day.
+
+It is the one that Llama 3's template has for want of a clock.
+"""
+
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _PLACEHOLDER = "\ue000{}\ue001"  # private-use characters, which no template holds
 _PLACEHOLDERS = re.compile("\ue000(\\d+)\ue001")
 _TAGS = re.compile(r"(<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\])")
@@ -88,6 +97,9 @@ class ChatTemplate:
                 remedy="load the model with chat_template=PLAIN_CHAT_TEMPLATE or one of your own",
             )
         self._tokenizer = tokenizer
+        self._template = _TODAY.sub(
+            lambda call: json.dumps(TEMPLATE_DATE.strftime(call[2])), tokenizer.get_chat_template()
+        )
         self._added_bos = "".join(tokenizer.convert_ids_to_tokens(added_prefix(tokenizer)))
         self._frames: dict[tuple[tuple[str, ...], bool], list[str]] = {}
 
@@ -158,7 +170,11 @@ class ChatTemplate:
         turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generation, added_bos=self._added_bos
+                turns,
+                tokenize=False,
+                add_generation_prompt=generation,
+                added_bos=self._added_bos,
+                chat_template=self._template,
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             turns_given = ", ".join(message.role for message in conversation.messages)
@@ -213,8 +229,7 @@ class ChatTemplate:
 
     def _mark_between_tags(self, content: str, number: int, first: int) -> tuple[str, list[_Stretch]]:
         """A content with a placeholder for each stretch between tags that the template knows, and the stretches."""
-        template = self._tokenizer.get_chat_template()
-        known = [re.escape(tag) for tag in dict.fromkeys(_TAGS.findall(content)) if tag in template]
+        known = [re.escape(tag) for tag in dict.fromkeys(_TAGS.findall(content)) if tag in self._template]
         parts = re.split("(" + "|".join(known) + ")", content) if known else [content]
         stretches: list[_Stretch] = []
         tags: list[str] = []

@@ -140,6 +140,21 @@ def tokenize(
             yield piece
 
 
+def require_tokenized(conversations: Sequence[TokenizedConversation]) -> None:
+    """Refuse conversations that are not tokenised yet.
+
+    Raises:
+        InputError: if the first one is not.
+    """
+    if conversations and not isinstance(conversations[0], TokenizedConversation):
+        raise InputError(
+            "conversations",
+            expected="tokenised conversations",
+            received=type(conversations[0]).__name__,
+            remedy="pass list(tokenize(conversations, lm.tokenizer))",
+        )
+
+
 def make_batches(
     conversations: Sequence[TokenizedConversation],
     *,
@@ -154,7 +169,11 @@ def make_batches(
         batch_tokens: padded size of a batch, at least one row.
         pad_left: pad on the left, for generation.
         pad_id: any valid token id.
+
+    Raises:
+        InputError: if they are not tokenised.
     """
+    require_tokenized(conversations)
     by_length = sorted(range(len(conversations)), key=lambda row: -len(conversations[row]))
     start = 0
     while start < len(by_length):
@@ -183,6 +202,13 @@ def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
     chunk: list[Conversation] = []
     size = 0
     for conversation in conversations:
+        if not isinstance(conversation, Conversation):
+            raise InputError(
+                "conversations",
+                expected="Conversation objects",
+                received=type(conversation).__name__,
+                remedy="use Conversation.chat(...), Conversation(text=...) or read_conversations(...)",
+            )
         chunk.append(conversation)
         size += 100 + len(conversation.text or "") + sum(len(message.content) for message in conversation.messages)
         if size >= _CHUNK_CHARACTERS:

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saetools.data.conversation import Conversation
-from saetools.data.tokenizing import Batch, make_batches, tokenize
+from saetools.data.tokenizing import Batch, TokenizeReport, make_batches, tokenize
+from saetools.diff import sae_site
 from saetools.errors import InputError
 from saetools.models.editing import Edit, Edits, Where, edit
 from saetools.models.forward import final_hidden, logits, read
@@ -38,6 +39,7 @@ class Fidelity:
         kl: mean KL(clean || spliced), nats a token.
         n_tokens: tokens that fvu, l0 and dead count.
         n_predictions: tokens that cross-entropies and KL count.
+        n_truncated: conversations that were cut.
     """
 
     fvu: float
@@ -50,6 +52,7 @@ class Fidelity:
     kl: float
     n_tokens: int
     n_predictions: int
+    n_truncated: int
 
 
 @torch.inference_mode()
@@ -58,7 +61,7 @@ def measure_fidelity(
     sae: SAE,
     conversations: Sequence[Conversation],
     *,
-    site: Site,
+    site: Site | None = None,
     max_tokens: int | None = 256,
     batch_tokens: int = 2048,
     on_progress: Callable[[int], None] | None = None,
@@ -69,15 +72,17 @@ def measure_fidelity(
         lm: the model, base or tuned.
         sae: the SAE.
         conversations: what to read.
-        site: where the SAE reads.
-        max_tokens: longer conversations are cut.
+        site: where the SAE reads; by default what its metadata says.
+        max_tokens: longer conversations are cut, and counted.
         batch_tokens: padded tokens of a forward pass.
         on_progress: called with tokens done.
 
     Raises:
-        InputError: if there is nothing to predict.
+        InputError: if there is nothing to predict, or no site is known.
     """
-    tokenized = list(tokenize(conversations, lm.tokenizer, max_tokens=max_tokens))
+    site = site or sae_site(sae)
+    report = TokenizeReport()
+    tokenized = list(tokenize(conversations, lm.tokenizer, max_tokens=max_tokens, report=report))
     moments = _Moments(sae.d_in, sae.d_sae)
     totals = torch.zeros(4, dtype=torch.double)  # nll clean, nll spliced, nll zero, KL
     n_predictions = 0
@@ -106,6 +111,7 @@ def measure_fidelity(
         kl=kl,
         n_tokens=moments.n,
         n_predictions=n_predictions,
+        n_truncated=report.n_truncated,
     )
 
 

@@ -52,6 +52,8 @@ def measure_perplexity(
     Raises:
         InputError: if no text has two tokens, or if an edit lies below the replay's site.
     """
+    if isinstance(texts, str):
+        raise InputError("texts", expected="a list of texts", received="a string", remedy="pass [text]")
     replay = replay or LayerReplay(lm, FIRST_SITE)
     replay.check(edits or {})
     tokenized = list(tokenize((Conversation(text=text) for text in texts), lm.tokenizer))

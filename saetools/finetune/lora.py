@@ -94,7 +94,7 @@ def finetune_lora(
     Raises:
         InputError: for settings out of range, if a conversation has no answer, or if an adapter is active or of that
             name already.
-        NonFiniteError: if the loss is not finite.
+        NonFiniteError: if the loss, or the adapter in the end, is not finite.
     """
     out = Path(out)
     report = TokenizeReport()
@@ -153,6 +153,8 @@ def _train(
             if on_progress is not None:
                 on_progress(progress)
 
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise NonFiniteError("the adapter is not finite after the last step; lower config.lr")
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.copy_(parameter.to(getattr(torch, config.storage_dtype)))
@@ -179,6 +181,10 @@ def _check(lm: LanguageModel, tokenized: Sequence[TokenizedConversation], config
     for field in ("rank", "batch_size", "epochs"):
         if getattr(config, field) < 1:
             raise InputError(field, expected="1 or more", received=getattr(config, field), remedy="raise it")
+    for field in ("lr", "alpha", "max_tokens"):
+        if not 0 < getattr(config, field) < math.inf:
+            received = getattr(config, field)
+            raise InputError(field, expected="a finite number above 0", received=received, remedy="pick another")
     for field in ("autocast", "storage_dtype"):
         if getattr(config, field) not in _DTYPES:
             received = repr(getattr(config, field))

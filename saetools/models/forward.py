@@ -148,6 +148,8 @@ def token_log_probs(
 
 
 def _run_until_stopped(lm: LanguageModel, token_ids: Tensor, mask: Tensor, *, cache: Any) -> None:
+    if mask.shape[1] > (lm.n_context or mask.shape[1]):  # padding aside
+        lm.check_length(int(mask.sum(1).max()), argument="token_ids")
     try:
         with lm.active() as model:
             if is_hooked_transformer(model):

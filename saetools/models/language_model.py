@@ -75,6 +75,28 @@ class LanguageModel:
         return int(model.cfg.d_model if is_hooked_transformer(model) else model.config.get_text_config().hidden_size)
 
     @property
+    def n_context(self) -> int | None:
+        """Longest context, in tokens; `None` if the configuration does not say."""
+        model: Any = self.model
+        if is_hooked_transformer(model):
+            return int(model.cfg.n_ctx)
+        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_length(self, n_tokens: int, *, argument: str) -> None:
+        """Refuse what is longer than the context: positions beyond it have no meaning to the model.
+
+        Raises:
+            InputError: naming the argument.
+        """
+        if self.n_context is not None and n_tokens > self.n_context:
+            raise InputError(
+                argument,
+                expected=f"at most {self.n_context} tokens, the context of {self.name}",
+                received=n_tokens,
+                remedy="cut or split texts with max_tokens, or ask for shorter answers",
+            )
+
+    @property
     def logit_cap(self) -> float | None:
         """Bound of the soft-capped logits, where the architecture has one."""
         model: Any = self.model

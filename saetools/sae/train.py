@@ -151,6 +151,7 @@ def train_sae(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    _check_positive(config)
     steps_per_epoch = source.n_batches(config.batch_size)
     n_steps = config.n_tokens // config.batch_size
     _check(config, steps_per_epoch, n_steps)
@@ -192,6 +193,18 @@ def train_sae(
     sae = _fold(state, config, metadata)
     save_sae(sae, out)
     return sae
+
+
+def _check_positive(config: TrainConfig) -> None:
+    for name in ("d_sae", "n_tokens", "batch_size", "lr", "checkpoint_every", "log_every", "outlier_factor"):
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise InputError(f"config.{name}", expected="a finite number above 0", received=value, remedy="raise it")
+    if not 0 <= config.decay_fraction <= 1:
+        received = config.decay_fraction
+        raise InputError("config.decay_fraction", expected="0 to 1", received=received, remedy="pick a share")
+    if config.clip_norm is not None and not config.clip_norm > 0:
+        raise InputError("config.clip_norm", expected="more than 0", received=config.clip_norm, remedy="raise it")
 
 
 def _check(config: TrainConfig, steps_per_epoch: int, n_steps: int) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from saetools.data import PLAIN_CHAT_TEMPLATE, Message, Role
+from saetools.data.template import TEMPLATE_DATE
 
 Segments = list[tuple[Role, str]]
 T, P, H, R = Role.TEMPLATE, Role.PROMPT, Role.HEADER, Role.RESPONSE
@@ -71,7 +71,7 @@ LLAMA3 = """{{- bos_token }}
 
 def llama3(messages: Sequence[Message], generation: bool) -> Segments:
     system = [message for message in messages if message.role == "system"]
-    date = datetime.now().strftime("%B %Y")
+    date = TEMPLATE_DATE.strftime("%B %Y")
     return [
         (T, f"{BOS}<|start_header_id|>system<|end_header_id|>\n\nIt is {date}.\n\n"),
         (P, system[0].content.strip() if system else ""),

@@ -64,7 +64,7 @@ BAD = [
     ('{"messages": [{"role": "user"}]}', "turn 0: role 'user', content of type NoneType"),
     ('{"messages": [{"content": "Hi"}]}', "turn 0: role None"),
     ('{"messages": [{"role": "user", "content": 3}]}', "content of type int"),
-    ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}', "content of type list"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}', "content of type list"),
     ('{"messages": [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "x"}]}', "turn 1: role 'tool'"),
     ('{"messages": [{"role": ["user"], "content": "Hi"}]}', "turn 0: role"),
     ('{"messages": [{"role": "user", "content": "Hi"}, {"role": "system", "content": "x"}]}', "one at turn 1"),
@@ -172,3 +172,16 @@ def test_conversations_hold_messages_or_a_text() -> None:
             Conversation(**wrong)
     with pytest.raises(InputError, match="'tool'"):
         Message("tool", "x")
+
+
+def test_openai_parts_and_developers() -> None:
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hi."}]
+    turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    (conversation,) = read_conversations([{"messages": turns}])
+    assert [(turn.role, turn.content) for turn in conversation.messages] == [
+        ("system", "Be brief."),
+        ("user", "Say hi."),
+    ]
+    for bad in ([{"type": "image_url", "image_url": "x"}], [{"type": "text"}], []):
+        with pytest.raises(InputError, match="turns with a role of system, user, assistant and text as content"):
+            next(read_conversations([{"messages": [{"role": "user", "content": bad}]}]))

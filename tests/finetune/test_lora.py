@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_a_failed_run_leaves_the_model_as_it_was(make_tiny, tmp_path):
     base = make_tiny("llama")
     before = run(base)
     with pytest.raises(NonFiniteError, match=r"not finite at step \d+; lower config\.lr"):
-        finetune_lora(base, CHATS, dataclasses.replace(CONFIG, lr=float("inf")), tmp_path / "bad")
+        finetune_lora(base, CHATS, dataclasses.replace(CONFIG, lr=1e30), tmp_path / "bad")
     assert base.adapters == ()
     assert torch.equal(run(base), before)
     assert not (tmp_path / "bad" / "adapter_model.safetensors").exists()
@@ -149,3 +150,20 @@ def test_what_cannot_be_trained_is_an_error(make_tiny, tmp_path):
     for view in (tuned, tuned.base):
         with pytest.raises(InputError, match="no active adapter, and none called 'tuned'"):
             finetune_lora(view, CHATS, CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"lr": math.nan}, {"lr": 0.0}, {"alpha": 0}, {"max_tokens": 0}])
+def test_settings_that_cannot_train_are_errors(make_tiny, tmp_path, changes):
+    with pytest.raises(InputError, match=r"max_tokens: expected|expected a finite number above 0"):
+        finetune_lora(make_tiny("llama"), CHATS, FinetuneConfig(**changes), tmp_path)
+
+
+def test_an_adapter_that_is_not_finite_in_the_end_is_not_saved(make_tiny, tmp_path, monkeypatch):
+    def overflow(optimizer):
+        optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=len(CHATS))
+    with pytest.raises(NonFiniteError, match="not finite after the last step"):
+        finetune_lora(make_tiny("llama"), CHATS, config, tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()

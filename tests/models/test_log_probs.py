@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from saetools.errors import InputError
-from saetools.models import final_hidden, log_probs, logits, token_log_probs
+from saetools.generation import SamplingConfig, generate
+from saetools.models import Site, final_hidden, log_probs, logits, read, token_log_probs
 from saetools.models.forward import _HEAD_CHUNK
 
 IDS = torch.randint(0, 200, (3, 8), generator=torch.Generator().manual_seed(1))
@@ -73,3 +74,23 @@ def test_the_built_in_model_prefers_the_right_capital(smollm):
     hidden = final_hidden(smollm, ids, torch.ones_like(ids, dtype=torch.bool))[0, -1:]
     paris, rome = (torch.tensor(smollm.tokenizer(f" {city}")["input_ids"]) for city in ("Paris", "Rome"))
     assert log_probs(smollm, hidden, paris) > log_probs(smollm, hidden, rome)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_longer_than_the_context_is_an_error(make_tiny, family):
+    lm = make_tiny(family)
+    n = lm.n_context
+    ids = torch.zeros(1, n + 1, dtype=torch.long)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        assert final_hidden(lm, ids[:, :n], mask[:, :n]).shape[1] == n
+        with pytest.raises(
+            InputError, match=f"token_ids: expected at most {n} tokens, the context of .*received {n + 1}"
+        ):
+            final_hidden(lm, ids, mask)
+        with pytest.raises(InputError, match="token_ids: expected at most"):
+            read(lm, ids, mask, [Site(0)])
+        mask[0, 0] = False  # padding does not count
+        assert final_hidden(lm, ids, mask).shape[1] == n + 1
+    with pytest.raises(InputError, match=r"prompts and config\.max_new_tokens: expected at most"):
+        generate(lm, ["Hi"], config=SamplingConfig(max_new_tokens=n))

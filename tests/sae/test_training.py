@@ -334,6 +334,13 @@ def test_a_loss_that_is_not_finite(tmp_path: Path):
     [
         ({"batch_size": 10_000}, "config.batch_size: expected at most"),
         ({"n_tokens": 10}, "config.batch_size: expected at most"),
+        ({"batch_size": 0}, "config.batch_size: expected a finite number above 0"),
+        ({"log_every": 0}, "config.log_every: expected a finite number above 0"),
+        ({"checkpoint_every": 0}, "config.checkpoint_every: expected"),
+        ({"outlier_factor": 0.0}, "config.outlier_factor: expected"),
+        ({"lr": math.nan}, "config.lr: expected a finite number above 0, received nan"),
+        ({"decay_fraction": 2.0}, "config.decay_fraction: expected 0 to 1"),
+        ({"clip_norm": 0.0}, "config.clip_norm: expected more than 0"),
         ({"encode_dtype": "float16"}, "config.encode_dtype: expected float32 or bfloat16, received 'float16'"),
         ({"loss": TopKLoss(k=49)}, "loss.k: expected 1 to d_sae = 48, received 49"),
         ({"loss": MatryoshkaLoss(k=3, shares=(0.5, 0.25, 1.0))}, "loss.shares: expected ascending shares"),
