@@ -182,7 +182,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _readings(file: Path) -> list[tuple[ModuleType, Checkpoint]]:
     """How a file of weights can be read: with settings beside it, one folder up, or without any."""
-    names, damaged = entry_names(file), []
+    names, damaged = entry_names(file), dict[str, IntegrityError]()
     for folder in (file.parent, file.parent.parent):
         found = []
         for config_file in sorted(folder.glob("*.json")):
@@ -191,7 +191,8 @@ def _readings(file: Path) -> list[tuple[ModuleType, Checkpoint]]:
             try:
                 checkpoint = Checkpoint(file, names, read_config(config_file), config_file)
             except IntegrityError as error:
-                damaged += [error] if folder == file.parent else []
+                if folder == file.parent:
+                    damaged[config_file.name] = error
                 continue
             found += [(reader, checkpoint) for reader in _READERS if reader.matches(checkpoint)]
         # Where keys leave a choice, the name that the library itself gives decides.
@@ -207,8 +208,9 @@ def _readings(file: Path) -> list[tuple[ModuleType, Checkpoint]]:
             return named or found
     bare = Checkpoint(file, names)
     found = [(reader, bare) for reader in _READERS if reader.matches(bare)]
-    if damaged and not found:
-        raise damaged[0]
+    for name, problem in damaged.items():
+        if not found or any(name == _config_name(reader) for reader, _ in found):
+            raise problem
     return found
 
 

@@ -77,7 +77,7 @@ def matches(checkpoint: Checkpoint) -> bool:
     """Whether keys are those of this format."""
     trainer = checkpoint.config.get("trainer")
     if isinstance(trainer, Mapping) and "dict_class" in trainer:
-        return not {"ae", "encoder.weight", "W_enc"}.isdisjoint(checkpoint.names)
+        return not {"ae", "encoder.weight", "decoder.weight", "W_enc", "W_dec"}.isdisjoint(checkpoint.names)
     if checkpoint.config or checkpoint.file.suffix not in (".pt", ".pth"):
         return False
     return checkpoint.names >= {"ae", "optimizer"} or any(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ from saetools.sae.nonlinearity import Nonlinearity
 
 _PICKLED = (".pt", ".pth")
 SUFFIXES = (".safetensors", ".npz", *_PICKLED)
+_CODE = re.compile(r"nsupported global|allow_pickle|unrecognized function|Can only build|TorchScript", re.IGNORECASE)
+"""How torch and numpy say that reading on would call something."""
 STATISTICS, BESIDE = "latent_statistics.safetensors", "saetools.json"
 
 
@@ -61,7 +63,13 @@ def entry_names(file: Path) -> frozenset[str]:
                 return frozenset(opened.keys())
         except (OSError, SafetensorError) as error:
             raise _damaged(file, error) from error
-    return frozenset(_read_entries(file))
+    if file.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return frozenset(name.removesuffix(".npy") for name in archive.namelist())
+        except (OSError, zipfile.BadZipFile) as error:
+            raise _damaged(file, error) from error
+    return frozenset(_read_pickled(file))
 
 
 def _read_entries(file: Path) -> dict[str, Any]:
@@ -89,10 +97,10 @@ def _read_npz(file: Path) -> dict[str, Any]:
     import numpy as np
 
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except Exception as error:  # whatever the bytes lead it to
-        if "allow_pickle" in str(error):
+        if _CODE.search(str(error)):
             raise _holds_code(file, error) from error
         raise _damaged(file, error) from error
 
@@ -101,7 +109,7 @@ def _read_pickled(file: Path) -> dict[str, Any]:
     try:
         entries = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever the bytes lead it to
-        if (isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)) or "TorchScript" in str(error):
+        if _CODE.search(str(error)):
             raise _holds_code(file, error) from error
         raise _damaged(file, error) from error
     if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
@@ -130,8 +138,8 @@ def _holds_code(file: Path, error: Exception) -> InputError:
 def _first_line(error: Exception) -> str:
     """The start of a library's message, which may go on for pages; the class where there is none."""
     text = " ".join(str(error).split()) or type(error).__name__
-    at = text.find("Unsupported")
-    return text[max(at, 0) :][:160]
+    found = re.search(r"unsupported \w+:?[^.]*\.?\w*", text, re.IGNORECASE)
+    return found[0] if found else text[:160]
 
 
 def float_tensors(entries: Mapping[str, Any], *, copy: bool = True) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def _describe(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "sae",
                 expected="for SAELens, a ReLU or JumpReLU transcoder that leaves b_dec out of its input",
                 received=f"a transcoder with {type(kind).__name__}, apply_b_dec_to_input={sae.apply_b_dec_to_input}",
-                remedy="save in another format",
+                remedy='save a TopK transcoder with format="sparsify"; no format has the others',
             )
         name = ("jumprelu_" if isinstance(kind, JumpReLU) else "") + ("skip_" if sae.W_skip is not None else "")
         settings: dict[str, Any] = {"architecture": name + "transcoder", "d_out": sae.d_out}
@@ -122,7 +122,7 @@ def _describe(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     "sae",
                     expected="for SAELens, a matching-pursuit SAE that subtracts the b_dec it adds",
                     received="apply_b_dec_to_input=False with a b_dec that is not 0",
-                    remedy="save in another format",
+                    remedy="set b_dec to 0; no format has this",
                 )
             tensors = {"W_dec": sae.W_dec, "b_dec": sae.b_dec}
     return settings, tensors
