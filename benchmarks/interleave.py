@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from machine import N_CORES, busy_seconds
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -42,6 +44,8 @@ class Record:
     """Per item, one figure a round."""
     cpu_seconds: list[float] = field(default_factory=list)
     """Of all its threads, likewise."""
+    others_cpu_share: list[float] = field(default_factory=list)
+    """What everything else on the machine used of its cores meanwhile: 0 on a quiet one."""
     idle_cpu_seconds: float = 0.0
     """What the process used up between its turns, in all."""
     error: str | None = None
@@ -54,6 +58,7 @@ class Record:
             "name": self.contestant.name,
             "seconds": summary(self.seconds),
             "cpu_seconds": summary(self.cpu_seconds),
+            "others_cpu_share": summary(self.others_cpu_share),
             "idle_cpu_seconds": round(self.idle_cpu_seconds, 3),
             **self.facts,
         }
@@ -124,10 +129,13 @@ class _Worker:
 
     def turn(self, n_items: int, *, counts: bool = True) -> None:
         """Let it work."""
+        busy = busy_seconds()
         answer = self._ask({"n_items": n_items})
         if answer and counts:
+            others = busy_seconds() - busy - answer["cpu_seconds"] * n_items
             self.record.seconds.append(answer["seconds"])
             self.record.cpu_seconds.append(answer["cpu_seconds"])
+            self.record.others_cpu_share.append(max(0.0, others / (answer["seconds"] * n_items * N_CORES)))
             self.record.idle_cpu_seconds += answer["idle_cpu_seconds"]
 
     def finish(self) -> None:

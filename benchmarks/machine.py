@@ -7,17 +7,27 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+N_CORES = os.cpu_count() or 1
+
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory and how busy the machine is now."""
     return {
         "cpu": _first("/proc/cpuinfo", "model name") or platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": N_CORES,
         "bf16_instructions": bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_first("/proc/cpuinfo", "flags").split())),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.system(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def busy_seconds() -> float:
+    """CPU time that all processes together have used since the machine started."""
+    times = psutil.cpu_times()
+    return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
 
 
 def _first(file: str, field: str) -> str:

@@ -29,15 +29,15 @@ class Source:
 
 def work(turns: Turns) -> None:
     task = Task(turns.settings)
-    from saetools import TrainConfig, train_sae
+    from saetools.sae import TopKLoss, TrainConfig, train_sae
 
     config = TrainConfig(
         d_sae=task.d_sae,
-        k=task.k,
+        loss=TopKLoss(k=task.k),
         n_tokens=task.n_steps * task.batch,
         batch_size=task.batch,
         lr=task.lr,
-        warmup_steps=1,
+        warmup_steps=0,
         decay_fraction=0.0,
         encode_dtype="bfloat16" if task.bf16 else "float32",
     )

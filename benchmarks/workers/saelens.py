@@ -14,19 +14,21 @@ def work(turns: Turns) -> None:
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(0)
-    # Decoder rows start at length 1 and b_dec at the mean, as elsewhere; its defaults are 0.1 and 0.
+    # Sparse activations do not work on CPUs together with `rescale_acts_by_decoder_norm`. Decoder rows start at length
+    # 1 and b_dec at the mean, as elsewhere; its defaults are 0.1 and 0.
+    sparse = turns.settings.get("sparse", False)
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
             d_in=task.d_model,
             d_sae=task.d_sae,
             k=task.k,
             decoder_init_norm=1.0,
-            use_sparse_activations=turns.settings["sparse"],
-            rescale_acts_by_decoder_norm=not turns.settings["sparse"],
+            use_sparse_activations=sparse,
+            rescale_acts_by_decoder_norm=not sparse,
         )
     )
     sae.b_dec.data.copy_(task.train.mean(0))
-    if turns.settings["compiled"]:
+    if turns.settings.get("compiled"):
         # What its runner does for `compile_sae=True`.
         sae.training_forward_pass = torch.compile(sae.training_forward_pass)
     config = SAETrainerConfig(
