@@ -1,14 +1,14 @@
 """Compares our SAEs with those of sparsify and dictionary_learning, in both directions, in the peer's own environment.
 
-The peers do not install beside saetools, so this is no test that pytest collects. Give it the interpreter of an environment
-with the peer (`benchmarks/environments.py` makes them):
+The peers do not install beside saetools, so this is no test that pytest collects. Give it the interpreter of an
+environment with the peer (`benchmarks/environments.py` makes them):
 
     python tests/sae/peer_formats.py sparsify PYTHON
     python tests/sae/peer_formats.py dictionary_learning PYTHON
 
-The peer makes SAEs with random weights, saves them with its own code and writes down what it encodes and decodes; we load
-them, compare, save them again in its format and in ours; the peer loads what we saved and compares with its own first SAE.
-Each line is one SAE and the largest error over tokens, relative to the norm of what the peer computes.
+The peer makes SAEs with random weights, saves them with its own code and writes down what it encodes and decodes; we
+load them, compare, and save them again in its format; the peer loads what we saved and computes again. Each line is one
+SAE and the largest errors over tokens, relative to the norm of what the peer computed first.
 """
 
 from __future__ import annotations

@@ -399,6 +399,36 @@ def test_llama_scope_settings_that_are_refused(tmp_path: Path, setting: dict[str
         load_sae(write_llama(tmp_path, llama_weights(), **setting))
 
 
+# SAELens' own conversion of Gemma Scope and Llama Scope, fed from local files
+
+
+def test_sae_lens_converts_scopes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sae_lens
+        from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    def local(repo_id: str, filename: str, subfolder: str = "", **more: Any) -> str:
+        return str(tmp_path / subfolder / filename)
+
+    monkeypatch.setattr(loaders, "hf_hub_download", local)
+    gemma = tmp_path / "layer_12/width_16k/average_l0_5"
+    gemma.mkdir(parents=True)
+    write_npz(gemma / "params.npz", draw(W_enc=(D, M), W_dec=(M, D), b_enc=(M,), b_dec=(D,), threshold=(M,)))
+    sizes = {"d_in": D, "d_sae": M, "device": "cpu", "dtype": "float32"}
+    name = str(gemma.relative_to(tmp_path))
+    from_gemma = loaders.gemma_2_sae_huggingface_loader("gemma-scope-2b-pt-res", name, cfg_overrides=sizes)
+    llama = write_llama(tmp_path / "Llama3_1-8B-Base-L15R-8x", llama_weights())
+    from_llama = loaders.llama_scope_sae_huggingface_loader("llama", llama.name, cfg_overrides=sizes)
+    for folder, (config, weights, _) in ((gemma, from_gemma), (llama, from_llama)):
+        config = loaders.handle_config_defaulting(config)
+        theirs = sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig.from_dict(config)).requires_grad_(False)
+        theirs.load_state_dict(weights)
+        if folder == llama:  # as it does for a release, with the factor in its list
+            theirs.fold_activation_norm_scaling_factor(math.sqrt(D) / 10)
+        same(load_sae(folder), theirs.encode, lambda latents, x, decode=theirs.decode: decode(latents))
+
+
 # OpenAI
 
 
