@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import nn
 from saetools.errors import InputError, IntegrityError, SaetoolsWarning
 from saetools.models.adapters import Adapter, with_adapters, without_peft
 from saetools.models.builtin import BUILTINS, builtin_provenance, fetch_builtin
-from saetools.models.foreign_errors import readable_errors
+from saetools.models.foreign_errors import check_place, readable_errors
 from saetools.models.language_model import LanguageModel, active_adapter
 from saetools.models.layout import is_hooked_transformer, layout_of, layout_of_config
 from saetools.models.quiet import quiet
@@ -62,6 +62,14 @@ def load_model(
         >>> lm.n_layers, lm.d_model
         (30, 576)
     """
+    for argument, places in (("adapter", adapter), ("tokenizer", tokenizer)):
+        for place in places.values() if isinstance(places, Mapping) else (places,):
+            if isinstance(place, str | Path):
+                check_place(argument, place)
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(
+            "dtype", expected="'auto' or one such as torch.bfloat16", received=repr(dtype), remedy="pass one of these"
+        )
     if isinstance(source, nn.Module | LanguageModel):
         settings = {"revision": revision, "dtype": dtype if dtype != "auto" else None, "quantization": quantization}
         if given := [name for name, value in settings.items() if value is not None]:
@@ -103,7 +111,8 @@ def check_pair(base: LanguageModel, tuned: LanguageModel, texts: Sequence[str] =
         texts: rendered conversations, which both tokenizers must split alike.
 
     Raises:
-        InputError: for different architectures, widths or depths, or different token ids.
+        InputError: for different architectures, widths or depths, different token ids, or ids beyond the vocabulary of
+            the tuned model.
 
     Warns:
         SaetoolsWarning: where only padded vocabulary, pad token or chat template differ.
@@ -131,6 +140,14 @@ def check_pair(base: LanguageModel, tuned: LanguageModel, texts: Sequence[str] =
                 received=f"other ids for {text[:60]!r}",
                 remedy="load the fine-tune with tokenizer=<the base's>, if its vocabulary is the same",
             )
+    rows, n_ids = _vocabulary(tuned), 1 + max(base.tokenizer.get_vocab().values())
+    if rows < min(n_ids, _vocabulary(base)):
+        raise InputError(
+            "tuned",
+            expected=f"a vocabulary of {n_ids} rows, one for each id of the base's tokenizer",
+            received=rows,
+            remedy="compare a fine-tune that kept the base's embeddings",
+        )
     differences = [
         f"{what}: {ours!r} against {theirs!r}"
         for what, ours, theirs in (
@@ -216,7 +233,8 @@ def _resolve(source: str | Path) -> tuple[str, str, dict[str, Any]]:
                 "weights_sha256": {weight.name: sha256_of_file(weight) for weight in weights},
             },
         )
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
+    check_place("source", source)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
         raise InputError(
             "source",
             expected="a built-in name (" + ", ".join(BUILTINS) + "), a directory, a .gguf file or a hub id",
@@ -237,6 +255,13 @@ def _from_module(module: nn.Module, tokenizer: Any) -> LanguageModel:
     if hasattr(model, "get_base_model"):
         peft, model = model, without_peft(model)
     layout_of(model)
+    if not is_hooked_transformer(model) and model.get_output_embeddings() is None:
+        raise InputError(
+            "source",
+            expected="a model with an output layer",
+            received=f"a {type(model).__name__}, which has none",
+            remedy="load it with transformers' AutoModelForCausalLM",
+        )
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or getattr(getattr(model, "cfg", None), "model_name", "") or "model"
     active = active_adapter(model)

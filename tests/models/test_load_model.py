@@ -1,12 +1,13 @@
 """Loading from folders and loaded objects, and what is said when that fails."""
 
+import inspect
 import json
 
 import pytest
 import torch
 
-from saetools.errors import FetchError, InputError, IntegrityError
-from saetools.models import LanguageModel, load_model
+from saetools.errors import FetchError, InputError, IntegrityError, SaetoolsWarning
+from saetools.models import LanguageModel, check_pair, load_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -88,17 +89,74 @@ def test_a_chat_template_is_used_and_leaves_the_callers_tokenizer_alone(tiny, tm
 
 
 def test_places_that_hold_no_model_are_errors(tmp_path):
-    for source, message in (
-        (tmp_path / "gone", "source: expected a built-in name .*gone'; check the path"),
-        ("./gone/too/far", "source: expected a built-in name"),
-        ("weights.gguf/x/y", "source: expected a built-in name"),
-    ):
-        with pytest.raises(InputError, match=message):
-            load_model(source)
-    with pytest.raises(FetchError, match=r"cannot load .*nobody/nothing"):
-        load_model("nobody/nothing")
+    with pytest.raises(InputError, match=r"source: expected a built-in name .*'no such model'; check the path"):
+        load_model("no such model")
     with pytest.raises((FetchError, InputError), match=str(tmp_path)):
         load_model(tmp_path)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub that cannot be reached, and what it was asked for."""
+    from huggingface_hub import file_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def refuse(*_args, **kwargs):
+        asked.append(kwargs.get("repo_id"))
+        raise LocalEntryNotFoundError("cannot find the requested files in the local cache")
+
+    monkeypatch.setattr(file_download, "_hf_hub_download_to_cache_dir", refuse)
+    return asked
+
+
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(tiny, tmp_path, monkeypatch, no_hub):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path / "gone", "./gone", "/gone", "~/gone/x", "a/b/c", "x.gguf", "a/x.safetensors", "runs/nope"):
+        for load in (
+            lambda place: load_model(place),
+            lambda place: load_model(tiny, tokenizer=place),
+            lambda place: load_model(tiny, adapter=place),
+            lambda place: load_model("nobody/nothing", adapter={"a": place}),
+        ):
+            with pytest.raises(InputError, match=r"expected a file or folder that exists, received '.*', and there is"):
+                load(place)
+    assert no_hub == []
+    assert tiny.adapters == ()
+
+
+def test_an_unreachable_hub_is_told_from_a_missing_folder(tiny, no_hub):
+    both = "expected a file or folder .*'nobody/nothing'; there is no such file or folder, and the hub could not be"
+    for name, load in (
+        ("source", lambda place: load_model(place)),
+        ("tokenizer", lambda place: load_model(tiny, tokenizer=place)),
+        ("adapter", lambda place: load_model(tiny, adapter=place)),
+    ):
+        with pytest.raises(FetchError, match=f"{name}: {both}"):
+            load("nobody/nothing")
+    assert set(no_hub) == {"nobody/nothing"}
+
+
+@pytest.mark.parametrize("dtype", ["fp99", "float32", torch.int8, None])
+def test_other_dtypes_are_errors(folder, dtype):
+    with pytest.raises(InputError, match=r"dtype: expected 'auto' or one such as torch.bfloat16, received"):
+        inspect.unwrap(load_model)(folder, dtype=dtype)  # as users run it, without the type checker of the tests
+
+
+def test_a_model_without_an_output_layer_is_an_error(tiny, tokenizer):
+    with pytest.raises(InputError, match=r"source: .*received a LlamaModel, .*AutoModelForCausalLM"):
+        load_model(tiny.model.model, tokenizer=tokenizer)
+
+
+def test_a_tuned_model_must_have_a_row_for_every_token_id(tiny, make_tiny):
+    n_ids = len(tiny.tokenizer)
+    padded = make_tiny("llama", vocab_size=n_ids + 4)
+    with pytest.raises(InputError, match=f"tuned: expected a vocabulary of {n_ids} rows.*received {n_ids - 4}"):
+        check_pair(tiny, make_tiny("llama", vocab_size=n_ids - 4))
+    with pytest.warns(SaetoolsWarning, match=f"vocabulary rows: {n_ids + 4} against {n_ids}"):
+        check_pair(padded, tiny)
 
 
 def test_unknown_architectures_are_errors_before_weights_are_read(folder, tmp_path):
