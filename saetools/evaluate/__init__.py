@@ -4,6 +4,7 @@ from saetools.evaluate.dose import Control, DosePoint, DoseResponse, dose_respon
 from saetools.evaluate.fidelity import Fidelity, measure_fidelity, splice
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
 from saetools.evaluate.perplexity import Perplexity, measure_perplexity
+from saetools.evaluate.verify import Suspect, Verdict, verify_sae
 
 __all__ = [
     "Control",
@@ -12,10 +13,13 @@ __all__ = [
     "Fidelity",
     "ForcedChoiceScore",
     "Perplexity",
+    "Suspect",
+    "Verdict",
     "dose_response",
     "edit_norm",
     "measure_fidelity",
     "measure_perplexity",
     "score_forced_choice",
     "splice",
+    "verify_sae",
 ]
