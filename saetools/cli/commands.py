@@ -156,8 +156,7 @@ class Diff:
     """Folder for latents.parquet, diff.json and diff.html."""
     model: ModelOptions = field(default_factory=ModelOptions)
     tuned: str | None = None
-    """The fine-tune, where it is a model of its own and not an adapter; --revision is of the base, all other options
-    of the model hold for both."""
+    """The fine-tune, where it is a model and no adapter; loaded with the base's options, --revision aside."""
     sae: SAEOptions = field(default_factory=SAEOptions)
     positions: Literal["prompt", "last_prompt", "header", "response", "template", "all"] = "prompt"
     """Which tokens count."""

@@ -42,6 +42,10 @@ def _parse(args: Sequence[str] | None) -> Any:
 
     from saetools.cli.commands import COMMANDS
 
+    args = sys.argv[1:] if args is None else args
+    options = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    if again := [option for option in options if options.count(option) > 1]:  # tyro would forget all but the last
+        raise InputError(again[0], expected="once, with all its values", received="several", remedy="write them in one")
     drawn = io.StringIO()
     try:
         with contextlib.redirect_stderr(drawn):

@@ -26,8 +26,7 @@ class ModelOptions:
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     adapter: tuple[str, ...] = ()
-    """PEFT adapters on top, directories or hub ids: one as PATH, several as NAME=PATH each. The model is seen through
-    the first; the others are loaded beside it."""
+    """PEFT adapters, directories or hub ids: one as PATH, several as NAME=PATH. The model is seen through the first."""
     tokenizer: str | None = None
     """Directory or hub id of a tokenizer, in place of the model's own."""
     chat_template: str | None = None

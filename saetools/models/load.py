@@ -285,7 +285,12 @@ def _read_template(template: str | Path) -> str:
             received=repr(str(template)),
             remedy="check the path",
         )
-    return Path(template).read_text(encoding="utf-8")
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "chat_template", expected="text in UTF-8", received=f"{template} ({error.reason})", remedy="check the file"
+        ) from error
 
 
 def _bitsandbytes(quantization: str) -> Any:

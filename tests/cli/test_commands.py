@@ -132,6 +132,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("diff --data x --out OUT --adapter n=a n=b", "--adapter: expected one PATH, or several NAME=PATH"),
         ("finetune --data x --out OUT --adapter a", "--adapter: expected none"),
         ("steer --prompts --ablate 1", "the number of --prompts: expected 1 or more"),
+        ("steer --prompts Hi --ablate 1 --ablate 2", "--ablate: expected once, with all its values"),
         ("steer --prompts Hi --ablate 1 --max-new-tokens 0", "max_new_tokens: expected 1 or more, received 0; pick"),
         ("steer --prompts Hi --ablate 1 --model runs/no/model", "'runs/no/model', and there is none; check the path"),
         ("steer --prompts Hi --ablate 1 --adapter ./nope", "adapter: expected a file or folder that exists"),

@@ -86,6 +86,9 @@ def test_a_chat_template_is_used_and_leaves_the_callers_tokenizer_alone(tiny, tm
     assert tiny.tokenizer.chat_template == before
     with pytest.raises(InputError, match="chat_template: expected a Jinja template or a file"):
         load_model(tiny, chat_template=tmp_path / "gone.jinja")
+    (tmp_path / "weights.jinja").write_bytes(b"\xc0\xff")
+    with pytest.raises(InputError, match=r"chat_template: expected text in UTF-8, received .*weights.jinja"):
+        load_model(tiny, chat_template=tmp_path / "weights.jinja")
 
 
 def test_places_that_hold_no_model_are_errors(tmp_path):
