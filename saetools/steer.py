@@ -204,7 +204,8 @@ def clamp(
         return torch.where(f > 0, target, f) if only_if_active else target
 
     suffix = (" x p99" if unit == "p99" else "") + (" where active" if only_if_active else "")
-    return LatentEdit(sae, chosen, change, Scope(tokens, skip_first), f"clamp {_name(chosen)} to {value}{suffix}")
+    target = ", ".join(f"{each:g}" for each in torch.as_tensor(value).reshape(-1).tolist())
+    return LatentEdit(sae, chosen, change, Scope(tokens, skip_first), f"clamp {_name(chosen)} to {target}{suffix}")
 
 
 def scale(sae: SAE, latents: Latents, factor: float, *, tokens: Tokens = "all", skip_first: bool = True) -> Edit:

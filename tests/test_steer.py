@@ -333,8 +333,8 @@ def test_edits_print_as_what_they_do():
         project_out(V),
     )] == [
         "add 0.25 x median norm along latent 3",
-        "clamp latents 1, 2 to [0.5, -1.0] on response tokens",
-        "clamp latents 0, 1, 2, 3 and 2 more to -1.0 x p99 where active",
+        "clamp latents 1, 2 to 0.5, -1 on response tokens",
+        "clamp latents 0, 1, 2, 3 and 2 more to -1 x p99 where active",
         "scale latent 3 by 2, first position included",
         "ablate latents 3, 4 on prompt tokens",
         "add -2 x a direction of norm 5",

@@ -89,7 +89,7 @@ def test_steer_and_generate(folder: Path, trained: tuple[Path, str], capsys: pyt
     sae, short = ["--sae", str(trained[0])], ["--max-new-tokens", "6", "--temperature", "0"]
     main(["steer", "--prompts", "Say hello.", *sae, "--clamp", "3=40", "--scale", "5=2", *short])
     shown = capsys.readouterr().out
-    assert "clamp latent 3 to 40.0;" in shown
+    assert "clamp latent 3 to 40;" in shown
     out = folder / "answers.jsonl"
     main(["generate", "--data", str(folder / "prompts.jsonl"), "--out", str(out), *short])
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

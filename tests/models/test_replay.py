@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
 from tiny_sae import make_sae, with_random_adapter
 
 from saetools.data import ForcedChoiceItem
@@ -27,13 +26,7 @@ def runs_of(lm, layer):
     return count
 
 
-@pytest.mark.parametrize(
-    ("family", "site"),
-    [(family, Site(1)) for family in FAMILIES if family != "gemma3"]
-    + [("llama", site) for site in (Site(0, "resid_pre"), Site(0), Site(1, "resid_pre"), Site(1, "mlp_out"), Site(2))],
-)
-def test_replayed_scores_are_those_of_whole_passes(make_tiny, family, site):
-    lm = make_tiny(family)
+def assert_replays(lm, site):
     replay = LayerReplay(lm, site)
     for edits in ({}, {site: PUSH}, {site: [PUSH, clamp(make_sae(), [3, 4], 3.0, tokens="response")]}):
         for batch_rows in (2, 24):
@@ -42,6 +35,18 @@ def test_replayed_scores_are_those_of_whole_passes(make_tiny, family, site):
         if "response" not in repr(edits):
             ours = measure_perplexity(lm, TEXTS, edits=edits, batch_tokens=64, replay=replay)
             assert ours == measure_perplexity(lm, TEXTS, edits=edits, batch_tokens=64)
+
+
+def test_replayed_scores_are_those_of_whole_passes(family_lm):
+    assert_replays(family_lm, Site(1))
+
+
+SITES = [Site(0, "resid_pre"), Site(0), Site(1, "resid_pre"), Site(1, "mlp_out"), Site(2)]
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_replays_start_at_any_site(make_tiny, site):
+    assert_replays(make_tiny("llama"), site)
 
 
 def test_layers_below_the_site_are_run_once(make_tiny):
