@@ -13,6 +13,23 @@ from saetools.sae.sparse import chunk_tokens
 from saetools.sae.weights import Weights
 
 
+@dataclass(frozen=True)
+class Step:
+    """What came of a batch; its gradients are in the tensors that were given.
+
+    Args:
+        loss: what was minimised.
+        error: x - x', per token.
+        fired: latents that were active on some token.
+        n_active: active (token, latent) pairs.
+    """
+
+    loss: Float[Tensor, ""]
+    error: Float[Tensor, "token d_in"]
+    fired: Bool[Tensor, " d_sae"]
+    n_active: Int[Tensor, ""]
+
+
 def dense_step(
     x: Float[Tensor, "token d_in"],
     weights: Weights,
@@ -23,7 +40,7 @@ def dense_step(
     ],
     *,
     encode_dtype: torch.dtype = torch.float32,
-) -> DenseResult:
+) -> Step:
     """Loss and gradients by autograd, over chunks whose [token, d_sae] matrices fit the chunk budget.
 
     Args:
@@ -48,21 +65,4 @@ def dense_step(
         active = latents.detach() > 0
         fired |= active.any(0)
         n_active += active.sum()
-    return DenseResult(total, torch.cat(errors), fired, n_active)
-
-
-@dataclass(frozen=True)
-class DenseResult:
-    """Loss of one batch and what was active.
-
-    Args:
-        loss: mean over tokens.
-        error: x - x', per token.
-        fired: latents that were active on some token.
-        n_active: active (token, latent) pairs.
-    """
-
-    loss: Float[Tensor, ""]
-    error: Float[Tensor, "token d_in"]
-    fired: Bool[Tensor, " d_sae"]
-    n_active: Int[Tensor, ""]
+    return Step(total, torch.cat(errors), fired, n_active)

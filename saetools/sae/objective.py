@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saetools.errors import InputError
-from saetools.sae.dense import dense_step
+from saetools.sae.dense import Step, dense_step
 from saetools.sae.loss import batch_topk_step, topk_step
 from saetools.sae.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU, TopK
 from saetools.sae.weights import GatedWeights, JumpReLUWeights, Weights
@@ -50,23 +50,6 @@ class StepContext:
     encode_dtype: torch.dtype
     step: int
     buffers: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What came of a batch; its gradients are in the tensors that were given.
-
-    Args:
-        loss: what was minimised.
-        error: x - x', per token.
-        fired: latents that were active on some token.
-        n_active: active (token, latent) pairs.
-    """
-
-    loss: Float[Tensor, ""]
-    error: Float[Tensor, "token d_in"]
-    fired: Bool[Tensor, " d_sae"]
-    n_active: Int[Tensor, ""]
 
 
 class Loss(Protocol):
@@ -246,7 +229,7 @@ class StandardLoss:
             l0 = float(done.n_active) / len(x)
             # Slow enough for the weights to follow: twice too many raise it by a third of a per cent a step.
             context.buffers["sparsity"].mul_(min(max(l0 / self.target_l0, 0.1), 10.0) ** 0.005)
-        return Step(done.loss, done.error, done.fired, done.n_active)
+        return done
 
     def nonlinearity(self, weights: Weights, buffers: dict[str, Tensor], unit: Tensor) -> Nonlinearity:
         """A plain ReLU."""
