@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go")
     arguments = parser.parse_args()
-    if not arguments.json.parent.is_dir():
+    if not arguments.json.parent.is_dir() or arguments.json.is_dir():
         parser.error(f"--json: expected a file in a folder that exists, received {arguments.json}")
     torch.set_num_threads(THREADS)
     machine = describe_machine()

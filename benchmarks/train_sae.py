@@ -153,7 +153,9 @@ def _arguments() -> argparse.Namespace:
             raise ValueError
         return number
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="train_sae.py --json FILE [options]", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go")
     parser.add_argument(
         "--activations", type=Path, metavar="FILE", help=".npy of float32 [token, d_model], to train on"
@@ -168,7 +170,7 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"--rounds: expected 7 or more, for a median, received {arguments.rounds}")
     if arguments.k > arguments.d_sae:
         parser.error(f"--k: expected at most d_sae = {arguments.d_sae}, received {arguments.k}")
-    if not arguments.json.parent.is_dir():
+    if not arguments.json.parent.is_dir() or arguments.json.is_dir():
         parser.error(f"--json: expected a file in a folder that exists, received {arguments.json}")
     if arguments.activations and not arguments.activations.is_file():
         parser.error(f"--activations: expected a file that exists, received {arguments.activations}")
@@ -178,7 +180,10 @@ def _arguments() -> argparse.Namespace:
 def _checked_width(path: Path, n_tokens: int) -> int:
     import numpy as np
 
-    acts = np.load(path, mmap_mode="r")
+    try:
+        acts = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"benchmarks: {path.name}: expected a .npy file of numbers ({error})") from None
     if acts.ndim != 2 or acts.dtype != np.float32 or len(acts) < n_tokens:
         raise SystemExit(
             f"benchmarks: {path.name}: expected float32 of [{n_tokens} tokens or more, d_model], "
