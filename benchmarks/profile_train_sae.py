@@ -33,7 +33,8 @@ from saetools.sae import loss, sparse, train
 BATCH, THREADS, WARM_UP_STEPS, STEPS = 4096, 2, 3, 30
 STAGES = [
     ("encoder product", loss, "select_top"),
-    ("top k", sparse, "_top"),
+    ("encoder product", loss, "select_candidates"),
+    ("top k", sparse, "_top_columns"),
     ("sorting pairs by latent", sparse.LatentMajorPairs, "__init__"),
     ("dot product of each pair", sparse.LatentMajorPairs, "dots"),
     ("decoding", loss, "combine"),
@@ -116,7 +117,7 @@ def main() -> None:
         "shape": {"d_model": acts.shape[1], "d_sae": 8192, "k": 32, "batch": BATCH},
         "method": {"threads": THREADS, "steps": STEPS, "warm_up_steps": WARM_UP_STEPS, "seconds": "of one step"},
         "machine": machine,
-        "stages": {encoder: _profile(acts, encoder) for encoder in ("bfloat16", "float32")},
+        "stages": {encoder: _profile(acts, encoder) for encoder in ("int8", "bfloat16", "float32")},
     }
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print_table(result)

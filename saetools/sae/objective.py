@@ -40,8 +40,8 @@ class StepContext:
 
     Args:
         dead: latents that have not fired for long; in sparse kinds they learn to reconstruct the error (AuxK).
-        encode_dtype: dtype of the encoder product. In `bfloat16` it takes less than half the time; sparse kinds compute
-            the values of the chosen latents in the dtype of the weights either way.
+        encode_dtype: dtype of the encoder product; sparse kinds compute the values of the latents that it chooses in
+            the dtype of the weights.
         step: steps done before.
         buffers: running figures of the loss, which a checkpoint keeps; a step updates them.
     """
@@ -59,6 +59,8 @@ class Loss(Protocol):
     """Whether decoder rows are kept at length 1 while training."""
     weights_type: ClassVar[type[Weights]]
     """What is trained."""
+    encode_dtypes: ClassVar[tuple[str, ...]]
+    """Dtypes that the encoder product may have."""
 
     def check(self, d_sae: int) -> None:
         """Refuse settings that do not fit the number of latents."""
@@ -90,6 +92,7 @@ class TopKLoss:
 
     unit_norm: ClassVar[bool] = True
     weights_type: ClassVar[type[Weights]] = Weights
+    encode_dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
 
     def check(self, d_sae: int) -> None:
         """Refuse a k that does not fit."""
@@ -126,6 +129,8 @@ class BatchTopKLoss(TopKLoss):
 
     threshold_memory: float = 0.99
     """Share of the running mean of the smallest active latent of a batch that the next batch leaves."""
+
+    encode_dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     def start(self, weights: Weights) -> tuple[Weights, dict[str, Tensor]]:
         """As given, and a threshold that is not known yet."""
@@ -198,6 +203,7 @@ class StandardLoss:
 
     unit_norm: ClassVar[bool] = False
     weights_type: ClassVar[type[Weights]] = Weights
+    encode_dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     def check(self, d_sae: int) -> None:
         """Refuse figures that cannot be."""

@@ -16,6 +16,10 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22  # entries of the dense pre-activations that exist at the same time
 _GROUP = 4  # columns that `_top_columns` first looks at together
+_INT8_MAX = 127
+_BIAS_COLUMNS = (
+    16  # of 8 bits, over which `select_candidates` spreads a bias: one alone would be too coarse and too small
+)
 _BITS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -84,6 +88,44 @@ def select_top(
     if not values:
         return x.new_zeros(0, k), torch.zeros(0, k, dtype=torch.long, device=x.device)
     return torch.cat(values), torch.cat(indices)
+
+
+def select_candidates(
+    x: Float[Tensor, "token d_in"], rows: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"], n: int
+) -> Int[Tensor, "token n"]:
+    """The latents with the n largest pre-activations of each token, as an 8-bit product sees them.
+
+    Integer products take half the time of bfloat16 ones on CPUs that have instructions for them. Tokens are rounded
+    with a scale each and weights with one for all, so that products of one token compare without being scaled back; the
+    bias takes part in them as further columns. A few more candidates than wanted make up for the rounding.
+    """
+    tiny = torch.finfo(x.dtype).tiny
+    token_unit = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).clamp_min_(tiny) / _INT8_MAX
+    # The bias in units of the quietest token; to a louder one, whose unit is larger, it is worth less.
+    quietest = token_unit.min()
+    full = quietest * _INT8_MAX * _BIAS_COLUMNS
+    row_unit = torch.maximum(_largest(rows), _largest(bias) / full).clamp_min_(tiny) / _INT8_MAX
+    share = bias / (row_unit * full)
+    # Columns round at different points, so that their sum is finer than one of them.
+    offsets = (torch.arange(_BIAS_COLUMNS, device=x.device) + 0.5) / _BIAS_COLUMNS
+    shares = (share[:, None] + offsets).floor_()
+    tokens = _int8(x / token_unit, (_INT8_MAX * quietest / token_unit).expand(-1, _BIAS_COLUMNS))
+    weight = _int8(rows / row_unit, shares.clamp_(-_INT8_MAX, _INT8_MAX)).T
+    chunks = [_top_columns(torch._int_mm(chunk, weight), n) for chunk in torch.split(tokens, chunk_tokens(len(rows)))]
+    return torch.cat(chunks) if chunks else torch.zeros(0, n, dtype=torch.long, device=x.device)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest absolute value; `aminmax` goes through the entries once and makes no copy."""
+    least, most = torch.aminmax(x)
+    return torch.maximum(most, -least)
+
+
+def _int8(columns: Tensor, further_columns: Tensor) -> Tensor:
+    n = columns.shape[1]
+    out = torch.empty(len(columns), n + further_columns.shape[1], dtype=torch.int8, device=columns.device)
+    out[:, :n], out[:, n:] = columns.round_(), further_columns.round()
+    return out
 
 
 def _top(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:

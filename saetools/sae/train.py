@@ -50,7 +50,8 @@ class TrainConfig:
     outlier_factor: float = 8.0
     """Tokens with more than this multiple of the median norm are left out (and counted)."""
     encode_dtype: str = "bfloat16"
-    """Dtype of the encoder product; sparse losses compute the values of the latents it chooses in float32."""
+    """Dtype of the encoder product; sparse losses compute the values of the latents it chooses in float32. `int8` is
+    for `TopKLoss` on CPUs, where it is the fastest: it takes a few more candidates, which make up for its rounding."""
     seed: int = 0
     """Of initial weights and data order."""
     checkpoint_every: int = 500
@@ -154,7 +155,7 @@ def train_sae(
     _check_positive(config)
     steps_per_epoch = source.n_batches(config.batch_size)
     n_steps = config.n_tokens // config.batch_size
-    _check(config, steps_per_epoch, n_steps)
+    _check(config, steps_per_epoch, n_steps, device)
     identity = _identity(config, metadata, steps_per_epoch)
     state = _load_checkpoint(out, identity, config.loss, device) or _initialise(source, config, device)
     _trim_log(out / "train.jsonl", state.step)
@@ -207,7 +208,7 @@ def _check_positive(config: TrainConfig) -> None:
         raise InputError("config.clip_norm", expected="more than 0", received=config.clip_norm, remedy="raise it")
 
 
-def _check(config: TrainConfig, steps_per_epoch: int, n_steps: int) -> None:
+def _check(config: TrainConfig, steps_per_epoch: int, n_steps: int, device: torch.device | str) -> None:
     if steps_per_epoch < 1 or n_steps < 1:
         raise InputError(
             "config.batch_size",
@@ -215,9 +216,20 @@ def _check(config: TrainConfig, steps_per_epoch: int, n_steps: int) -> None:
             received=config.batch_size,
             remedy="lower batch_size, or harvest more",
         )
-    if config.encode_dtype not in ("float32", "bfloat16"):
+    allowed = config.loss.encode_dtypes
+    if config.encode_dtype not in allowed:
         raise InputError(
-            "config.encode_dtype", expected="float32 or bfloat16", received=repr(config.encode_dtype), remedy="pick one"
+            "config.encode_dtype",
+            expected=f"{' or '.join(allowed)} for {type(config.loss).__name__}",
+            received=repr(config.encode_dtype),
+            remedy="pick one",
+        )
+    if config.encode_dtype == "int8" and torch.device(device).type != "cpu":
+        raise InputError(
+            "config.encode_dtype",
+            expected=f"float32 or bfloat16 on {device}",
+            received="'int8'",
+            remedy="pick bfloat16; int8 pays on CPUs",
         )
     config.loss.check(config.d_sae)
 

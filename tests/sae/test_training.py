@@ -341,7 +341,8 @@ def test_a_loss_that_is_not_finite(tmp_path: Path):
         ({"lr": math.nan}, "config.lr: expected a finite number above 0, received nan"),
         ({"decay_fraction": 2.0}, "config.decay_fraction: expected 0 to 1"),
         ({"clip_norm": 0.0}, "config.clip_norm: expected more than 0"),
-        ({"encode_dtype": "float16"}, "config.encode_dtype: expected float32 or bfloat16, received 'float16'"),
+        ({"encode_dtype": "float16"}, "config.encode_dtype: expected float32 or bfloat16 or int8 for TopK"),
+        ({"encode_dtype": "int8", "loss": BatchTopKLoss(k=3)}, "expected float32 or bfloat16 for BatchTopKLoss"),
         ({"loss": TopKLoss(k=49)}, "loss.k: expected 1 to d_sae = 48, received 49"),
         ({"loss": MatryoshkaLoss(k=3, shares=(0.5, 0.25, 1.0))}, "loss.shares: expected ascending shares"),
         ({"loss": MatryoshkaLoss(k=3, shares=(0.5,))}, "loss.shares: expected ascending shares"),
@@ -355,6 +356,7 @@ def test_impossible_settings(tmp_path: Path, changes: dict[str, Any], words: str
         train_sae(Planted(), dataclasses.replace(QUICK, **changes), tmp_path)
 
 
-def test_both_encode_dtypes_learn_alike(finished: Path, tmp_path: Path):
-    train_sae(Planted(), dataclasses.replace(QUICK, encode_dtype="float32"), tmp_path)
+@pytest.mark.parametrize("encode_dtype", ["float32", "int8"])
+def test_encode_dtypes_learn_alike(finished: Path, tmp_path: Path, encode_dtype: str):
+    train_sae(Planted(), dataclasses.replace(QUICK, encode_dtype=encode_dtype), tmp_path)
     assert log_of(tmp_path)[-1]["fvu"] == pytest.approx(log_of(finished)[-1]["fvu"], rel=0.05)
