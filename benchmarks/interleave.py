@@ -27,10 +27,13 @@ class Contestant:
     """What runs, by which interpreter, and what it is told."""
 
     name: str
+    library: str
+    """What it stands for in a comparison."""
     module: str
     """Of the package `workers`."""
     python: Path
     settings: Mapping[str, Any]
+    tokens_per_item: int
 
 
 @dataclass
@@ -50,6 +53,10 @@ class Record:
     """What the process used up between its turns, in all."""
     error: str | None = None
 
+    def tokens_per_second(self) -> int:
+        """At the median."""
+        return round(self.contestant.tokens_per_item / statistics.median(self.seconds))
+
     def as_json(self) -> dict[str, Any]:
         """Medians, quartiles and all raw figures."""
         if self.error is not None:
@@ -57,6 +64,7 @@ class Record:
         return {
             "name": self.contestant.name,
             "seconds": summary(self.seconds),
+            "tokens_per_second": self.tokens_per_second(),
             "cpu_seconds": summary(self.cpu_seconds),
             "others_cpu_share": summary(self.others_cpu_share),
             "idle_cpu_seconds": round(self.idle_cpu_seconds, 3),
@@ -84,13 +92,14 @@ def interleave(
     records = [Record(contestant) for contestant in contestants]
     generator = random.Random(seed)
     with ExitStack() as stack:
-        workers = []
-        for record in records:
-            print(f"starting {record.contestant.name}", file=sys.stderr)
-            worker = stack.enter_context(_Worker(record, threads))
-            worker.start(items_per_turn * (rounds + 1) + 1)
+        workers = [stack.enter_context(_Worker(record, threads)) for record in records]
+        for worker in workers:
+            worker.send_settings(items_per_turn * (rounds + 1) + 1)
+        for worker in workers:
+            print(f"starting {worker.record.contestant.name}", file=sys.stderr)
+            worker.await_ready()
+        for worker in workers:
             worker.turn(items_per_turn, counts=False)
-            workers.append(worker)
         for number in range(1, rounds + 1):
             print(f"round {number} of {rounds}", file=sys.stderr)
             for worker in generator.sample(workers, len(workers)):
@@ -123,9 +132,13 @@ class _Worker:
         self.process.kill()
         self.process.communicate()
 
-    def start(self, n_items: int) -> None:
+    def send_settings(self, n_items: int) -> None:
         """Have it load its library and get ready for so many items, one of them after the last turn."""
-        self.record.facts.update(self._ask({**self.record.contestant.settings, "n_items": n_items}))
+        self._send({**self.record.contestant.settings, "n_items": n_items})
+
+    def await_ready(self) -> None:
+        """Wait until it is."""
+        self.record.facts.update(self._hear())
 
     def turn(self, n_items: int, *, counts: bool = True) -> None:
         """Let it work."""
@@ -144,12 +157,17 @@ class _Worker:
 
     def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer, which is empty if the worker has failed, now or before."""
-        if self.record.error is not None:
-            return {}
-        line = ""
+        self._send(message)
+        return self._hear()
+
+    def _send(self, message: Mapping[str, Any]) -> None:
         with suppress(BrokenPipeError):
             print(json.dumps(message), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+
+    def _hear(self) -> dict[str, Any]:
+        if self.record.error is not None:
+            return {}
+        line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"ended with exit code {self.process.wait()}"}
         self.record.error = answer.get("error")
         if self.record.error is not None:

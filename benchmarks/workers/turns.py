@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ class Turns:
 
     def __init__(self) -> None:
         # Libraries print; standard output belongs to the harness.
+        self._memory_before = 0
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self.settings = self._hear()
@@ -51,6 +53,7 @@ class Turns:
         """
         import torch
 
+        self._memory_before = _peak_mib()
         self._say({"versions": {library: version(library), "torch": torch.__version__}})
         while True:
             slept = time.process_time()
@@ -70,8 +73,8 @@ class Turns:
         yield next(items)
 
     def finish(self, **results: Any) -> None:
-        """Tell results; nothing comes after."""
-        self._say(results)
+        """Tell results, and the most memory that the process has had until now; nothing comes after."""
+        self._say({"memory_mib": {"before": self._memory_before, "peak": _peak_mib()}, **results})
 
     def _say(self, message: dict[str, Any]) -> None:
         print(json.dumps(message), file=self._out, flush=True)
@@ -81,3 +84,7 @@ class Turns:
         if not line:
             raise SystemExit("the harness has gone")
         return dict(json.loads(line))
+
+
+def _peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from workers.task import Task
+from workers.train_sae.task import Task
 from workers.turns import Turns, serve
 
 
@@ -39,7 +39,7 @@ def work(turns: Turns) -> None:
         lr=task.lr,
         warmup_steps=0,
         decay_fraction=0.0,
-        encode_dtype="bfloat16" if task.bf16 else "float32",
+        encode_dtype={"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[task.precision],
     )
     log = []
     with tempfile.TemporaryDirectory() as out:

@@ -5,7 +5,7 @@ Its `trainSAE` uses autocast on GPUs only; in bfloat16 we put the same autocast 
 
 from __future__ import annotations
 
-from workers.task import Task
+from workers.train_sae.task import Task
 from workers.turns import Turns, serve
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from workers.task import Task
+from workers.train_sae.task import Task
 from workers.turns import Turns, serve
 
 

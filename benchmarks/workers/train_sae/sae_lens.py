@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.task import Task
+from workers.train_sae.task import Task
 from workers.turns import Turns, serve
 
 

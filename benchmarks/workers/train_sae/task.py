@@ -22,7 +22,8 @@ class Task:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.d_sae, self.k, self.batch = settings["d_sae"], settings["k"], settings["batch"]
-        self.lr, self.n_steps, self.bf16 = settings["lr"], settings["n_items"], settings["precision"] == "bf16"
+        self.lr, self.n_steps, self.precision = settings["lr"], settings["n_items"], settings["precision"]
+        self.bf16 = self.precision == "bf16"
         acts = torch.from_numpy(np.load(settings["activations"], mmap_mode="c"))
         self.d_model = acts.shape[1]
         self.train, self.held_out = acts[: N_BATCHES * self.batch], acts[N_BATCHES * self.batch :][: self.batch]
