@@ -28,7 +28,7 @@ from interleave import summary
 from machine import describe_machine
 from torch import Tensor
 
-from saetools.sae import loss, sparse, train
+from saetools.sae import loss, sparse, train, trainer
 
 BATCH, THREADS, WARM_UP_STEPS, STEPS = 4096, 2, 3, 30
 STAGES = [
@@ -40,8 +40,8 @@ STAGES = [
     ("decoding", loss, "combine"),
     ("weight gradients", sparse.LatentMajorPairs, "sum_tokens"),
     ("Adam", torch.optim.Adam, "step"),
-    ("decoder kept on the sphere", train, "_update"),
-    ("figures for the log", train._Window, "add"),
+    ("decoder kept on the sphere", trainer, "_update"),
+    ("figures for the log", trainer._Window, "add"),
 ]
 REST = "the rest"
 

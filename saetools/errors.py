@@ -38,6 +38,10 @@ class IntegrityError(SaetoolsError):
     """A file on disk is damaged, incomplete or not what its manifest says."""
 
 
+class ResourceError(SaetoolsError):
+    """Memory or disk space has run out."""
+
+
 class NonFiniteError(SaetoolsError):
     """NaN or infinity in activations or in a loss."""
 

@@ -1,6 +1,17 @@
-"""Residual activations: as an iterator, and as a store on disk."""
+"""Residual activations: as an iterator, as a store on disk, and as shuffled batches to train on."""
 
-from saetools.activations.store import ActivationStore, HarvestConfig, SiteActivations, harvest
-from saetools.activations.stream import ActivationBlock, stream_activations
+from saetools.activations.shuffle import Activations, SiteActivations
+from saetools.activations.store import ActivationStore, HarvestConfig, StoredActivations, harvest
+from saetools.activations.stream import ActivationBlock, StreamedActivations, stream_activations
 
-__all__ = ["ActivationBlock", "ActivationStore", "HarvestConfig", "SiteActivations", "harvest", "stream_activations"]
+__all__ = [
+    "ActivationBlock",
+    "ActivationStore",
+    "Activations",
+    "HarvestConfig",
+    "SiteActivations",
+    "StoredActivations",
+    "StreamedActivations",
+    "harvest",
+    "stream_activations",
+]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saetools.activations.shuffle import Activations, SiteActivations
 from saetools.activations.stream import ActivationBlock, stream_activations
 from saetools.data.tokenizing import TokenizedConversation, require_tokenized
 from saetools.errors import InputError, IntegrityError, NonFiniteError
@@ -83,19 +84,12 @@ class ActivationStore:
             yield self.open_shard(index)
 
     def at(self, site: Site) -> SiteActivations:
-        """One site of the store, as `train_sae` wants it.
+        """One site of the store, as `train_sae` wants it; `StoredActivations` has several, for `train_saes`.
 
         Raises:
             InputError: if the site was not harvested.
         """
-        if site not in self.sites:
-            raise InputError(
-                "site",
-                expected="one of " + ", ".join(self.manifest["sites"]),
-                received=str(site),
-                remedy="harvest this site",
-            )
-        return SiteActivations(self, site)
+        return StoredActivations(self, (site,)).at(site)
 
     def verify(self) -> None:
         """Compare every shard's SHA-256 with the manifest.
@@ -126,67 +120,41 @@ class ActivationStore:
             raise IntegrityError(f"cannot read {file} ({error}); harvest again") from error
 
 
-@dataclass(frozen=True)
-class SiteActivations:
-    """The activations of one site of a store, in shuffled batches.
+class StoredActivations(Activations[tuple[int, ...]]):
+    """Activations of some sites of a store, in shuffled batches; a pool is some shards.
 
     Args:
         store: an opened store.
-        site: one of its sites.
-        pool_shards: shards in memory at the same time; tokens are shuffled within such a pool, and shards before that.
+        sites: of its sites; by default all.
+        pool_shards: shards in memory at the same time.
     """
 
-    store: ActivationStore
-    site: Site
-    pool_shards: int = 16
+    def __init__(self, store: ActivationStore, sites: Sequence[Site] | None = None, *, pool_shards: int = 16) -> None:
+        self.store = store
+        self.sites = store.sites if sites is None else tuple(sites)
+        self.pool_shards = pool_shards
+        if missing := set(self.sites) - set(store.sites):
+            raise InputError(
+                "site",
+                expected="one of " + ", ".join(store.manifest["sites"]),
+                received=", ".join(map(str, missing)),
+                remedy="harvest this site",
+            )
 
-    def n_batches(self, batch_size: int) -> int:
-        """Whole batches in one epoch."""
-        return len(self.store) // batch_size
+    def __len__(self) -> int:
+        return len(self.store)
 
-    def epoch_batches(
-        self, batch_size: int, *, seed: int, epoch: int = 0, start: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_model"]]:
-        """Shuffled batches of one epoch; equal arguments give equal batches.
-
-        Tokens that do not fill the last batch are left out.
-
-        Args:
-            batch_size: tokens of a batch.
-            seed: of the shuffle.
-            epoch: every epoch has an order of its own.
-            start: leave out so many batches, hardly reading what lies before (to resume).
-        """
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    def pools(self, generator: torch.Generator) -> list[tuple[tuple[int, ...], int]]:
+        """Groups of shards in random order."""
         sizes = [shard["tokens"] for shard in self.store.manifest["shards"]]
         order = torch.randperm(len(sizes), generator=generator).tolist()
-        to_skip = start * batch_size
-        rest: Tensor | None = None
-        for first in range(0, len(order), self.pool_shards):
-            group = order[first : first + self.pool_shards]
-            n_pool = sum(sizes[index] for index in group)
-            shuffled = torch.randperm(n_pool, generator=generator)
-            if to_skip >= n_pool:
-                to_skip -= n_pool
-                continue
-            pool = torch.cat([self.store.open_shard(index).acts[self.site] for index in group])
-            shuffled, to_skip = shuffled[to_skip:], 0
-            if rest is not None:
-                fill = batch_size - len(rest)
-                rest = torch.cat([rest, pool[shuffled[:fill]]])
-                shuffled = shuffled[fill:]
-                if len(rest) < batch_size:
-                    continue
-                yield rest
-            n_whole = len(shuffled) // batch_size * batch_size
-            for part in shuffled[:n_whole].view(-1, batch_size):
-                yield pool[part]
-            rest = pool[shuffled[n_whole:]] if n_whole < len(shuffled) else None
+        groups = [tuple(order[first : first + self.pool_shards]) for first in range(0, len(order), self.pool_shards)]
+        return [(group, sum(sizes[index] for index in group)) for group in groups]
 
-    def sample(self, n_tokens: int, *, seed: int) -> Float[Tensor, "token d_model"]:
-        """Random tokens of random shards, as many as asked for or as there are."""
-        n_tokens = min(n_tokens, len(self.store))
-        return next(self.epoch_batches(n_tokens, seed=seed))
+    def load(self, key: tuple[int, ...]) -> dict[Site, Float[Tensor, "token d_model"]]:
+        """The tokens of some shards."""
+        shards = [self.store.open_shard(index).acts for index in key]
+        return {site: torch.cat([shard[site] for shard in shards]) for site in self.sites}
 
 
 def harvest(

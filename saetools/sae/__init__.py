@@ -1,11 +1,12 @@
 """Sparse autoencoders: the model, its sparse arithmetic, training and files."""
 
+from saetools.sae.config import Progress, TrainConfig
 from saetools.sae.io import load_sae, save_sae
 from saetools.sae.model import SAE, SAEMetadata
 from saetools.sae.nonlinearity import AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
 from saetools.sae.objective import BatchTopKLoss, GatedLoss, JumpReLULoss, MatryoshkaLoss, StandardLoss, TopKLoss
 from saetools.sae.sparse import SparseLatents
-from saetools.sae.train import Progress, TrainConfig, train_sae
+from saetools.sae.train import TrainRun, train_sae, train_saes
 
 __all__ = [
     "SAE",
@@ -25,7 +26,9 @@ __all__ = [
     "TopK",
     "TopKLoss",
     "TrainConfig",
+    "TrainRun",
     "load_sae",
     "save_sae",
     "train_sae",
+    "train_saes",
 ]

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saetools.sae.loss import n_tokens
 from saetools.sae.sparse import chunk_tokens
+from saetools.sae.team import ALONE, Team
 from saetools.sae.weights import Weights
 
 
@@ -40,6 +42,7 @@ def dense_step(
     ],
     *,
     encode_dtype: torch.dtype = torch.float32,
+    team: Team = ALONE,
 ) -> Step:
     """Loss and gradients by autograd, over chunks whose [token, d_sae] matrices fit the chunk budget.
 
@@ -49,20 +52,24 @@ def dense_step(
         grads: tensors to overwrite with the gradients.
         chunk_loss: gives the loss summed over the chunk's tokens, x - x', and the latents.
         encode_dtype: `bfloat16` runs matrix products in it.
+        team: processes that share the batch; `x` is this one's part, the gradients are those of all.
     """
     leaves = type(weights)(*(weight.detach().requires_grad_() for weight in vars(weights).values()))
     for leaf, grad in zip(vars(leaves).values(), vars(grads).values(), strict=True):
         leaf.grad = grad.zero_()
-    total, errors = x.new_zeros(()), []
+    total, errors, n_all = x.new_zeros(()), [], n_tokens(x, team)
     fired = torch.zeros(len(weights.b_enc), dtype=torch.bool, device=x.device)
     n_active = torch.zeros((), dtype=torch.long, device=x.device)
     for chunk in torch.split(x, chunk_tokens(len(weights.b_enc))):
         with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=encode_dtype == torch.bfloat16):
             loss, error, latents = chunk_loss(chunk, leaves)
-            (loss / len(x)).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach() / len(x)
+            (loss / n_all).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach() / n_all
         errors.append(error.detach().to(x.dtype))
         active = latents.detach() > 0
         fired |= active.any(0)
         n_active += active.sum()
-    return Step(total, torch.cat(errors), fired, n_active)
+    for grad in vars(grads).values():
+        team.over_tokens(grad)
+    fired = team.over_tokens(fired.int()) > 0
+    return Step(team.over_tokens(total), torch.cat(errors), fired, team.over_tokens(n_active))

@@ -22,6 +22,7 @@ from saetools.sae.sparse import (
     select_candidates,
     select_top,
 )
+from saetools.sae.team import ALONE, Team
 from saetools.sae.weights import Weights, empty_like
 
 
@@ -55,6 +56,7 @@ def topk_step(
     k_aux: int = 256,
     aux_coefficient: float = 1 / 32,
     grads: Weights | None = None,
+    team: Team = ALONE,
 ) -> StepResult:
     """Loss and gradients of a TopK SAE on one batch.
 
@@ -69,19 +71,29 @@ def topk_step(
         k_aux: dead latents a token uses for that.
         aux_coefficient: weight of that loss.
         grads: tensors to overwrite with the gradients; fresh memory for them in every step would cost time.
+        team: processes that share the batch or the latents; `x`, `weights` and `dead` are this one's part, the loss is
+            that of all.
     """
     grads = empty_like(weights) if grads is None else grads
     centred = x - weights.b_dec
-    values, indices, pairs = _choose(centred, weights, k, encode_dtype)
-    values = values.relu_()
-    error = centred - combine(weights.W_dec, indices, values)
-    loss = _square_sum(error) / error.numel()
-    slope = -2 / error.numel()  # of the loss, by the error: d_recon = slope * error
+    values, indices, pairs = _choose(centred, weights, min(k, len(weights.b_enc)), encode_dtype)
+    values = team.keep_top(values.relu_(), k)
+    error = centred - team.over_latents(combine(weights.W_dec, indices, values))
+    n_entries = n_tokens(x, team) * x.shape[1]
+    loss = team.over_tokens(_square_sum(error)) / n_entries
+    slope = -2 / n_entries  # of the loss, by the error: d_recon = slope * error
     _write_gradients(pairs, pairs.gather(values), centred, error, slope, weights, grads)
-    grads.b_dec.copy_(slope * error.sum(0) - grads.b_enc @ weights.encoder)
-    if dead is not None and bool(dead.any()):
-        loss = loss + _add_aux(centred, error, weights, grads, dead, min(k_aux, int(dead.sum())), aux_coefficient)
+    grads.b_dec.copy_(slope * error.sum(0) - team.over_latents(grads.b_enc @ weights.encoder))
+    if dead is not None:
+        loss = loss + _add_aux(centred, error, weights, grads, dead, k_aux, aux_coefficient, team)
+    for grad in vars(grads).values():
+        team.over_tokens(grad)
     return StepResult(loss, grads, error, indices, values)
+
+
+def n_tokens(x: Float[Tensor, "token d_in"], team: Team) -> int:
+    """Tokens of the whole batch."""
+    return int(team.over_tokens(torch.tensor(len(x), device=x.device)))
 
 
 def _choose(
@@ -117,6 +129,7 @@ def batch_topk_step(
     k_aux: int = 256,
     aux_coefficient: float = 1 / 32,
     grads: Weights | None = None,
+    team: Team = ALONE,
 ) -> BatchTopKResult:
     """Loss and gradients of a BatchTopK SAE (arXiv 2412.06410), or of a Matryoshka one (arXiv 2503.17547).
 
@@ -125,38 +138,43 @@ def batch_topk_step(
         weights: current weights.
         k: active latents a token, on average over the batch.
         widths: for Matryoshka SAEs, the numbers of latents that have to reconstruct by themselves, ascending, the last
-            of them d_sae; the loss is the mean over them.
+            of them d_sae (of all processes); the loss is the mean over them.
         encode_dtype: as for `topk_step`.
         dead: as for `topk_step`.
         k_aux: as for `topk_step`.
         aux_coefficient: as for `topk_step`.
         grads: as for `topk_step`.
+        team: as for `topk_step`.
     """
     grads = empty_like(weights) if grads is None else grads
-    d_sae = len(weights.b_enc)
+    n_all = n_tokens(x, team)
     centred = x - weights.b_dec
     active = select_batch_top(
-        centred.to(encode_dtype), weights.encoder.to(encode_dtype).T, weights.b_enc.to(encode_dtype), k * len(x)
+        centred.to(encode_dtype), weights.encoder.to(encode_dtype).T, weights.b_enc.to(encode_dtype), k * n_all
     )
-    slope = -2 / x.numel()
-    ends = [0, *(widths or [d_sae])]
+    if team.size > 1:
+        active = active[team.among_top(active.values, k * n_all).nonzero()[:, 0]]
+    slope = -2 / (n_all * x.shape[1])
+    ends = [0, *(map(team.n_own_latents, widths) if widths else [len(weights.b_enc)])]
     groups = [
         _Group.of(active, slice(*bounds), centred, weights, exact=encode_dtype == x.dtype) for bounds in pairwise(ends)
     ]
     errors, error = [], centred
     for group in groups:
-        error = error - group.active.combine(weights.W_dec[group.rows])
+        error = error - team.over_latents(group.active.combine(weights.W_dec[group.rows]))
         errors.append(error)
-    loss = sum((_square_sum(each) for each in errors), x.new_zeros(())) / (len(groups) * x.numel())
+    loss = team.over_tokens(torch.stack([_square_sum(each) for each in errors]).mean()) / (n_all * x.shape[1])
     rest = torch.zeros_like(x)
     for group, each in zip(reversed(groups), reversed(errors), strict=True):
         rest += each / len(groups)  # a latent answers for its own prefix and for all longer ones
         _write_gradients(
             group.pairs, group.pairs.gather(group.active.values), centred, rest, slope, weights, grads, group.rows
         )
-    grads.b_dec.copy_(slope * rest.sum(0) - grads.b_enc @ weights.encoder)
-    if dead is not None and bool(dead.any()):
-        loss = loss + _add_aux(centred, error, weights, grads, dead, min(k_aux, int(dead.sum())), aux_coefficient)
+    grads.b_dec.copy_(slope * rest.sum(0) - team.over_latents(grads.b_enc @ weights.encoder))
+    if dead is not None:
+        loss = loss + _add_aux(centred, error, weights, grads, dead, k_aux, aux_coefficient, team)
+    for grad in vars(grads).values():
+        team.over_tokens(grad)
     latents = torch.cat([group.active.latents + group.rows.start for group in groups])
     return BatchTopKResult(loss, grads, error, latents, torch.cat([group.active.values for group in groups]))
 
@@ -217,25 +235,38 @@ def _write_gradients(
 
 
 def _add_aux(
-    centred: Tensor, error: Tensor, weights: Weights, grads: Weights, dead: Tensor, k_aux: int, coefficient: float
+    centred: Tensor,
+    error: Tensor,
+    weights: Weights,
+    grads: Weights,
+    dead: Tensor,
+    k_aux: int,
+    coefficient: float,
+    team: Team,
 ) -> Tensor:
     """Add the gradients of coefficient * ||error - dead latents' reconstruction||^2 / ||error||^2; returns the loss.
 
     The error is a constant here, and so is b_dec: dead latents are to learn, nothing else.
     """
+    n_dead = int(team.over_latents(dead.sum()))
+    if not n_dead:
+        return error.new_zeros(())
     where = dead.nonzero()[:, 0]
     encoder, decoder = weights.encoder[where], weights.W_dec[where]
-    values, indices = select_top(centred, encoder.T, weights.b_enc[where], k_aux)
-    values = values.relu_()
-    rest = error - combine(decoder, indices, values)
-    scale = coefficient / _square_sum(error).clamp_min(torch.finfo(error.dtype).tiny)
+    k_own = min(k_aux, len(where))
+    values, indices = select_top(centred, encoder.T, weights.b_enc[where], k_own)
+    n_empty = min(k_aux, n_dead) - k_own  # slots that only other processes fill
+    values = team.keep_top(torch.nn.functional.pad(values.relu_(), (0, n_empty)), min(k_aux, n_dead))[:, :k_own]
+    rest = error - team.over_latents(combine(decoder, indices, values))
+    size = team.over_tokens(_square_sum(error)).clamp_min(torch.finfo(error.dtype).tiny)
+    scale = coefficient / size
     pairs = LatentMajorPairs(indices, len(where))
     active = pairs.gather(values)
     d_active = torch.where(active > 0, pairs.dots(decoder, rest) * (-2 * scale), 0.0)
     grads.encoder.index_add_(0, where, pairs.sum_tokens(d_active, centred))
     grads.W_dec.index_add_(0, where, pairs.sum_tokens(active * (-2 * scale), rest))
     grads.b_enc.index_add_(0, where, pairs.sums(d_active))
-    return scale * _square_sum(rest)
+    return scale * team.over_tokens(_square_sum(rest))
 
 
 def _square_sum(x: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from saetools.errors import InputError
 from saetools.sae.dense import Step, dense_step
-from saetools.sae.loss import batch_topk_step, topk_step
+from saetools.sae.loss import batch_topk_step, n_tokens, topk_step
 from saetools.sae.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU, TopK
+from saetools.sae.team import ALONE, Team
 from saetools.sae.weights import GatedWeights, JumpReLUWeights, Weights
 
 _START_NORM = (
@@ -44,12 +45,14 @@ class StepContext:
             the dtype of the weights.
         step: steps done before.
         buffers: running figures of the loss, which a checkpoint keeps; a step updates them.
+        team: processes that share the batch or the latents.
     """
 
     dead: Bool[Tensor, " d_sae"]
     encode_dtype: torch.dtype
     step: int
     buffers: dict[str, Tensor]
+    team: Team = ALONE
 
 
 class Loss(Protocol):
@@ -64,6 +67,10 @@ class Loss(Protocol):
 
     def check(self, d_sae: int) -> None:
         """Refuse settings that do not fit the number of latents."""
+        ...
+
+    def check_division(self, d_sae: int, n_processes: int) -> None:
+        """Refuse to divide the latents between so many processes."""
         ...
 
     def start(self, weights: Weights) -> tuple[Weights, dict[str, Tensor]]:
@@ -99,6 +106,19 @@ class TopKLoss:
         if not 1 <= self.k <= d_sae:
             raise InputError("loss.k", expected=f"1 to d_sae = {d_sae}", received=self.k, remedy="pick another k")
 
+    def check_division(self, d_sae: int, n_processes: int) -> None:
+        """Refuse parts that are too small."""
+        if self._least_width(d_sae) < n_processes or d_sae // n_processes < self.k:
+            raise InputError(
+                "config.shard_latents",
+                expected=f"at least k = {self.k} of {d_sae} latents, and one of each dictionary, for each process",
+                received=f"{n_processes} processes",
+                remedy="use fewer, or divide the tokens",
+            )
+
+    def _least_width(self, d_sae: int) -> int:
+        return d_sae
+
     def start(self, weights: Weights) -> tuple[Weights, dict[str, Tensor]]:
         """As given."""
         return weights, {}
@@ -114,9 +134,11 @@ class TopKLoss:
             k_aux=self.k_aux,
             aux_coefficient=self.aux_coefficient,
             grads=grads,
+            team=context.team,
         )
-        fired = torch.bincount(done.indices.flatten(), done.values.flatten(), minlength=len(weights.b_enc)) > 0
-        return Step(done.loss, done.error, fired, (done.values > 0).sum())
+        strength = torch.bincount(done.indices.flatten(), done.values.flatten(), minlength=len(weights.b_enc))
+        n_active = context.team.over_both((done.values > 0).sum())
+        return Step(done.loss, done.error, context.team.over_tokens(strength) > 0, n_active)
 
     def nonlinearity(self, weights: Weights, buffers: dict[str, Tensor], unit: Tensor) -> Nonlinearity:
         """The same k."""
@@ -138,26 +160,29 @@ class BatchTopKLoss(TopKLoss):
 
     def step(self, x: Tensor, weights: Weights, grads: Weights, context: StepContext) -> Step:
         """One batch; moves the threshold."""
-        d_sae = len(weights.b_enc)
+        team, d_own = context.team, len(weights.b_enc)
         done = batch_topk_step(
             x,
             weights,
             self.k,
-            widths=self._widths(d_sae),
+            widths=self._widths(int(team.over_latents(torch.tensor(d_own, device=x.device)))),
             encode_dtype=context.encode_dtype,
             dead=context.dead,
             k_aux=self.k_aux,
             aux_coefficient=self.aux_coefficient,
             grads=grads,
+            team=context.team,
         )
         active = done.values > 0
-        if bool(active.any()):
-            smallest = done.values[active].min()
+        smallest = team.least(
+            torch.where(active, done.values, torch.inf).min() if len(active) else x.new_tensor(torch.inf)
+        )
+        if bool(torch.isfinite(smallest)):
             threshold = context.buffers["threshold"]
             memory = self.threshold_memory if float(threshold) >= 0 else 0.0
             threshold.mul_(memory).add_(smallest, alpha=1 - memory)
-        fired = torch.bincount(done.latents, done.values, minlength=d_sae) > 0
-        return Step(done.loss, done.error, fired, active.sum())
+        strength = torch.bincount(done.latents, done.values, minlength=d_own)
+        return Step(done.loss, done.error, team.over_tokens(strength) > 0, team.over_both(active.sum()))
 
     def nonlinearity(self, weights: Weights, buffers: dict[str, Tensor], unit: Tensor) -> Nonlinearity:
         """The learnt threshold, the same for all latents."""
@@ -188,6 +213,9 @@ class MatryoshkaLoss(BatchTopKLoss):
 
     def _widths(self, d_sae: int) -> list[int]:
         return [round(share * d_sae) for share in self.shares]
+
+    def _least_width(self, d_sae: int) -> int:
+        return self._widths(d_sae)[0]
 
 
 @dataclass(frozen=True)
@@ -221,6 +249,15 @@ class StandardLoss:
                 "loss.target_l0", expected=f"more than 0, below {d_sae}", received=self.target_l0, remedy="change it"
             )
 
+    def check_division(self, d_sae: int, n_processes: int) -> None:
+        """Refuse: latents that are not sparse at first would all have to be told."""
+        raise InputError(
+            "config.shard_latents",
+            expected="TopKLoss, BatchTopKLoss or MatryoshkaLoss, to divide latents",
+            received=type(self).__name__,
+            remedy="leave it out, which divides the tokens",
+        )
+
     def start(self, weights: Weights) -> tuple[Weights, dict[str, Tensor]]:
         """Short rows, and the coefficient."""
         small = Weights(weights.encoder * _START_NORM, weights.W_dec * _START_NORM, weights.b_enc, weights.b_dec)
@@ -230,9 +267,9 @@ class StandardLoss:
         """One batch; moves the coefficient if there is a target."""
         coefficient = min(1.0, context.step / self.sparsity_warmup_steps) * float(context.buffers["sparsity"])
         chunk_loss = self._chunk_loss(coefficient, context)
-        done = dense_step(x, weights, grads, chunk_loss, encode_dtype=context.encode_dtype)
+        done = dense_step(x, weights, grads, chunk_loss, encode_dtype=context.encode_dtype, team=context.team)
         if self.target_l0 is not None:
-            l0 = float(done.n_active) / len(x)
+            l0 = float(done.n_active) / n_tokens(x, context.team)
             # Slow enough for the weights to follow: twice too many raise it by a third of a per cent a step.
             context.buffers["sparsity"].mul_(min(max(l0 / self.target_l0, 0.1), 10.0) ** 0.005)
         return done

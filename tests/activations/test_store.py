@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from saetools.activations import ActivationStore, HarvestConfig, SiteActivations, harvest, stream_activations
+from saetools.activations import (
+    ActivationStore,
+    HarvestConfig,
+    SiteActivations,
+    StoredActivations,
+    harvest,
+    stream_activations,
+)
 from saetools.data import Conversation, Role, TokenizedConversation, tokenize
 from saetools.errors import InputError, IntegrityError, NonFiniteError
 from saetools.models import LanguageModel, Site, edit, load_model, read
@@ -103,7 +110,7 @@ def test_reopened_store_is_whole(store: ActivationStore):
 @pytest.fixture(params=[1, 2, 16])
 def source(request: pytest.FixtureRequest, store: ActivationStore) -> SiteActivations:
     """The first site with small and large pools."""
-    return SiteActivations(store, Site(0), pool_shards=request.param)
+    return StoredActivations(store, (Site(0),), pool_shards=request.param).at(Site(0))
 
 
 def all_rows(store: ActivationStore) -> torch.Tensor:
@@ -111,11 +118,11 @@ def all_rows(store: ActivationStore) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 333])
-def test_an_epoch_is_a_permutation(source: SiteActivations, batch_size: int):
+def test_an_epoch_is_a_permutation(store: ActivationStore, source: SiteActivations, batch_size: int):
     batches = list(source.epoch_batches(batch_size, seed=3))
-    assert len(batches) == source.n_batches(batch_size) == len(source.store) // batch_size
+    assert len(batches) == source.n_batches(batch_size) == len(store) // batch_size
     assert all(batch.shape == (batch_size, 32) for batch in batches)
-    rows = [tuple(row) for row in all_rows(source.store).tolist()]
+    rows = [tuple(row) for row in all_rows(store).tolist()]
     drawn = [tuple(row) for batch in batches for row in batch.tolist()]
     assert Counter(drawn) <= Counter(rows)  # conversations that begin alike have equal rows
     assert drawn != rows[: len(drawn)]

@@ -58,8 +58,7 @@ class Planted:
 
 
 if __name__ == "__main__":
-    from saetools.sae import objective
-    from saetools.sae.train import Progress, TrainConfig, train_sae
+    from saetools.sae import Progress, TrainConfig, objective, train_sae
 
     torch.set_num_threads(1)
 

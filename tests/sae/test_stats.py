@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from saetools.errors import InputError
-from saetools.stats import bootstrap_weights, estimate_mean
+from saetools.stats import bootstrap_weights, estimate_mean, estimate_ratios
 
 
 @pytest.mark.parametrize(("shape", "true_mean"), [("normal", 0.0), ("exponential", 1.0), ("coin", 0.3)])
@@ -47,3 +49,25 @@ def test_weights_count_draws():
 def test_too_few_values(n: int):
     with pytest.raises(InputError, match="values: expected two or more"):
         estimate_mean(torch.ones(n))
+
+
+def test_ratios_of_sums():
+    numerators, denominators = torch.tensor([[1.0, 6.0], [5.0, 6.0], [3.0, 6.0]]), torch.tensor([[2.0, 3.0]] * 3)
+    first, second = estimate_ratios(numerators, denominators, seed=3)
+    assert first == estimate_mean(numerators[:, 0] / 2, seed=3)
+    assert (second.mean, second.low, second.high, second.se, second.n) == (2, 2, 2, 0, 3)
+    (lone,) = estimate_ratios(numerators[:1, :1], denominators[:1, :1])
+    assert (lone.mean, lone.n, math.isnan(lone.low), math.isnan(lone.se)) == (0.5, 1, True, True)
+
+
+def test_intervals_of_ratios_cover_95_times_in_100():
+    """Sums over units of very different sizes, as conversations have."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = torch.randint(1, 20, (100, 400), generator=generator).double()
+    sums = sizes * (0.3 + 0.1 * torch.randn(100, 400, generator=generator, dtype=torch.double))
+    estimates = estimate_ratios(sums, sizes, n_resamples=400)
+    covered = sum(estimate.low <= 0.3 <= estimate.high for estimate in estimates) / 400
+    assert 0.9 < covered < 0.98
+    assert torch.tensor([one.se for one in estimates]).mean() == pytest.approx(
+        float(torch.tensor([one.mean for one in estimates]).std()), rel=0.1
+    )

@@ -23,14 +23,15 @@ from saetools.sae import (
     GatedLoss,
     JumpReLULoss,
     MatryoshkaLoss,
+    Progress,
     SAEMetadata,
     StandardLoss,
     TopKLoss,
     TrainConfig,
     load_sae,
     objective,
-    train,
     train_sae,
+    trainer,
 )
 from saetools.sae.loss import topk_step
 
@@ -86,7 +87,7 @@ def test_planted_features_are_found(tmp_path: Path):
 
 
 def test_auxiliary_loss_revives_dead_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    initialise = train._initialise
+    initialise = trainer._initialise
 
     def with_dead(*args: Any) -> Any:
         state = initialise(*args)
@@ -94,7 +95,7 @@ def test_auxiliary_loss_revives_dead_latents(tmp_path: Path, monkeypatch: pytest
         state.weights.b_enc[40:] = 2.0
         return state
 
-    monkeypatch.setattr(train, "_initialise", with_dead)
+    monkeypatch.setattr(trainer, "_initialise", with_dead)
     base = dataclasses.replace(QUICK, n_tokens=300 * 64, dead_after_tokens=1000, lr=0.01, log_every=10)
     dead = {}
     for coefficient in (0.0, 1 / 4):
@@ -112,8 +113,8 @@ def test_auxiliary_loss_revives_dead_latents(tmp_path: Path, monkeypatch: pytest
 
 def test_scale_and_centre_are_folded_into_the_saved_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     states = []
-    fold = train._fold
-    monkeypatch.setattr(train, "_fold", lambda state, *rest: states.append(state) or fold(state, *rest))
+    fold = trainer._fold
+    monkeypatch.setattr(trainer, "_fold", lambda state, *rest: states.append(state) or fold(state, *rest))
     sae = train_sae(Planted(), QUICK, tmp_path)
     (state,) = states
     x = Planted().draw(100, seed=5)
@@ -168,7 +169,7 @@ def test_log_counts_fvu_l0_and_outliers(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_progress_is_the_log(tmp_path: Path):
-    seen: list[train.Progress] = []
+    seen: list[Progress] = []
     train_sae(Planted(), QUICK, tmp_path, on_progress=seen.append)
     assert [dataclasses.asdict(progress) for progress in seen] == log_of(tmp_path)
 
@@ -201,7 +202,7 @@ def test_a_killed_run_ends_in_the_same_bytes(finished: Path, tmp_path: Path):
 def interrupt(folder: Path, at_step: int, source: Any = None, **settings: Any) -> None:
     """Train until `at_step`, then break off."""
 
-    def stop(progress: train.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if progress.step == at_step:
             raise KeyboardInterrupt
 
@@ -223,7 +224,7 @@ def test_every_kind_goes_on_to_the_same_bytes(tmp_path: Path, loss: Any):
     config = dataclasses.replace(QUICK, loss=loss, decay="cosine", clip_norm=1.0)
     train_sae(Planted(), config, tmp_path / "whole")
 
-    def stop(progress: train.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if progress.step == 17:
             raise KeyboardInterrupt
 
@@ -310,7 +311,7 @@ def test_activations_that_are_not_finite(finished: Path, tmp_path: Path, bad: fl
         NonFiniteError, match=r"activations are not finite at step 18; the last checkpoint in .* stands"
     ):
         train_sae(Spoilt(), QUICK, tmp_path)
-    assert len(load_file(tmp_path / "checkpoint.safetensors")) == 13
+    assert len(load_file(tmp_path / "checkpoint.safetensors")) == 15
     train_sae(Planted(), QUICK, tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
