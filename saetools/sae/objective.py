@@ -282,8 +282,8 @@ class StandardLoss:
         def run(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
             f = ((x - weights.b_dec) @ weights.encoder.T + weights.b_enc).relu()
             error = x - (f @ weights.W_dec + weights.b_dec)
-            l1 = (f.float() @ weights.W_dec.norm(dim=1)).sum()
-            return error.float().square().sum() + coefficient * l1, error, f
+            l1 = (f.to(x.dtype) @ weights.W_dec.norm(dim=1)).sum()
+            return error.to(x.dtype).square().sum() + coefficient * l1, error, f
 
         return run
 
@@ -313,8 +313,8 @@ class GatedLoss(StandardLoss):
             f = torch.where(gate > 0, (pre * weights.r_mag.exp() + weights.b_mag).relu(), 0.0)
             error = x - (f @ weights.W_dec + weights.b_dec)
             by_gate = x - (gate @ weights.W_dec.detach() + weights.b_dec.detach())
-            l1 = (gate.float() @ weights.W_dec.norm(dim=1)).sum()
-            return error.float().square().sum() + coefficient * l1 + by_gate.float().square().sum(), error, f
+            l1 = (gate.to(x.dtype) @ weights.W_dec.norm(dim=1)).sum()
+            return error.to(x.dtype).square().sum() + coefficient * l1 + by_gate.to(x.dtype).square().sum(), error, f
 
         return run
 
@@ -351,9 +351,9 @@ class JumpReLULoss(StandardLoss):
             f = _Jump.apply(pre, threshold, self.bandwidth)  # type: ignore[no-untyped-call]
             l0 = _Count.apply(pre, threshold, self.bandwidth).sum()  # type: ignore[no-untyped-call]
             error = x - (f @ weights.W_dec + weights.b_dec)
-            loss = error.float().square().sum() + coefficient * l0
+            loss = error.to(x.dtype).square().sum() + coefficient * l0
             if self.pre_act_coefficient:
-                below = ((threshold - pre).relu() * context.dead).float() @ weights.W_dec.norm(dim=1)
+                below = ((threshold - pre).relu() * context.dead).to(x.dtype) @ weights.W_dec.norm(dim=1)
                 loss = loss + self.pre_act_coefficient * below.sum()
             return loss, error, f
 
