@@ -111,8 +111,8 @@ class StreamedActivations(Activations[tuple[int, ...]]):
         batch_tokens: padded tokens of a forward pass.
         dtype: of the tokens in memory.
         skip_first: leave out first positions, which are attention sinks with huge norms.
-        overlap: read the next half of the buffer in another thread while one half is trained on; it pays where the
-            model and the SAE have devices of their own.
+        overlap: read the next half of the buffer in another thread while one half is trained on, which pays where the
+            model and the SAE have devices of their own; nothing else may run the model meanwhile.
 
     Example:
         >>> tokens = list(tokenize([Conversation(text=pair.neutral) for pair in load_voices()[:4]], lm.tokenizer))
@@ -134,6 +134,8 @@ class StreamedActivations(Activations[tuple[int, ...]]):
         overlap: bool = False,
     ) -> None:
         require_tokenized(conversations)
+        if not conversations:
+            raise InputError("conversations", expected="at least one", received="none", remedy="pass what to read")
         if buffer_tokens < 1:
             raise InputError("buffer_tokens", expected="1 or more", received=buffer_tokens, remedy="raise it")
         self.lm = lm
@@ -185,7 +187,8 @@ class StreamedActivations(Activations[tuple[int, ...]]):
         if not self.overlap:
             yield from super().loaded(keys)
             return
-        with ThreadPoolExecutor(max_workers=1) as thread:
+        n_threads = torch.get_num_threads()  # another number would give other bytes
+        with ThreadPoolExecutor(max_workers=1, initializer=torch.set_num_threads, initargs=(n_threads,)) as thread:
             coming: Future[dict[Site, Tensor]] | None = None
             for key in keys:
                 before, coming = coming, thread.submit(self.load, key)

@@ -1,6 +1,7 @@
 """Conversations for tests, and a process that harvests them, to be killed.
 
-`python tiny_harvest.py OUT TOKENIZER MODEL SETTINGS` prints a line after every shard and then waits for a line.
+`python tiny_harvest.py OUT TOKENIZER MODEL SETTINGS` prints a line after every shard and then waits for a line. With
+`train` as settings it trains an SAE straight from the model, and does so after every step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 import torch
 
 from saetools.data import Conversation, tokenize
+from saetools.models import Site
+from saetools.sae import Progress, TopKLoss, TrainConfig
 
 WORDS = "the car that I saw there was thin and then the other one broke down on the thruway".split()  # noqa: SIM905
 CONVERSATIONS = [
@@ -19,12 +22,19 @@ CONVERSATIONS = [
 CONVERSATIONS += [Conversation(text=" ".join(WORDS[:n]), id=f"text-{n}") for n in (1, 4, 9)]
 CONVERSATIONS += [Conversation(text="z", id="one-token"), Conversation.chat("And?", system="Be brief.", id="prompt")]
 
+SITES = [Site(0), Site(1, "mlp_out")]
+TRAIN = TrainConfig(
+    d_sae=40, loss=TopKLoss(k=3), n_tokens=40 * 16, batch_size=16, warmup_steps=5, checkpoint_every=3, log_every=1
+)
+"""40 steps, over more than one epoch."""
+
 
 if __name__ == "__main__":
     from transformers import AutoTokenizer
 
-    from saetools.activations import HarvestConfig, harvest
-    from saetools.models import Site, load_model
+    from saetools.activations import HarvestConfig, StreamedActivations, harvest
+    from saetools.models import load_model
+    from saetools.sae import train_sae
 
     torch.set_num_threads(1)
     out, tokenizer, model, settings = sys.argv[1:]
@@ -35,5 +45,12 @@ if __name__ == "__main__":
 
     lm = load_model(model, tokenizer=AutoTokenizer.from_pretrained(tokenizer))
     conversations = list(tokenize(CONVERSATIONS, lm.tokenizer))
-    sites = [Site(0), Site(1, "mlp_out")]
-    harvest(lm, sites, conversations, out, config=HarvestConfig(**json.loads(settings)), on_progress=report)
+    if settings == "train":
+
+        def told(progress: Progress) -> None:
+            report(progress.step, progress.n_steps)
+
+        source = StreamedActivations(lm, SITES, conversations, buffer_tokens=120)
+        train_sae(source.at(SITES[0]), TRAIN, out, on_progress=told)
+    else:
+        harvest(lm, SITES, conversations, out, config=HarvestConfig(**json.loads(settings)), on_progress=report)
