@@ -141,7 +141,12 @@ def run_demo(
         dose_response=(*_dose_rows("organism", "clamp", chosen, clamped), *_dose_rows("base", "add", chosen, added)),
         perplexity={"base": added.perplexity, "organism": clamped.perplexity},
         answers=tuple(answers),
-        sae={"name": SAE_NAME, "site": sae.metadata.site, "d_sae": sae.d_sae, **dataclasses.asdict(fidelity)},
+        sae={
+            "name": SAE_NAME,
+            "site": sae.metadata.site,
+            "d_sae": sae.d_sae,
+            **{row["role"]: row for row in fidelity.table().to_dicts()},
+        },
         settings=dataclasses.asdict(config),
         provenance={
             "command": "saetools demo" + (" --full" if config == FULL else ""),

@@ -7,6 +7,7 @@ causes anything: for that, steer. It does not see latents that only the tuned mo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def diff_latents(
     provenance = {
         "base": {"name": base.name, "adapter": base.adapter, **base.provenance},
         "tuned": {"name": tuned.name, "adapter": tuned.adapter, **tuned.provenance},
-        "sae": sae.metadata.provenance.get("weights_sha256") or _sae_hash(sae),
+        "sae": sae_sha256(sae),
         "site": str(site),
         "positions": positions,
         "n_conversations": len(tokenized),
@@ -232,6 +233,14 @@ def sae_site(sae: SAE) -> Site:
             "site", expected="a site", received="none, and the SAE does not name its own", remedy="pass site="
         )
     return Site.parse(sae.metadata.site)
+
+
+def sae_sha256(sae: SAE) -> str:
+    """SHA-256 over the weights of an SAE in memory, in hexadecimal."""
+    digest = hashlib.sha256()
+    for weight in sae.parameters():
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 _QUANTILE_LATENTS = 1024
@@ -329,12 +338,3 @@ class _Sums:
             "n_conversations": torch.full((len(delta),), self.n),
         }
         return pl.DataFrame({name: values.numpy() for name, values in columns.items()})
-
-
-def _sae_hash(sae: SAE) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for weight in sae.parameters():
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,7 +1,8 @@
-"""Intervals and errors for means over independent units (conversations, items)."""
+"""Intervals and errors for means and ratios over independent units (conversations, items)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,13 @@ from saetools.errors import InputError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % bootstrap interval and standard error.
+    """A mean, or a ratio of sums, with its 95 % bootstrap interval and standard error.
 
     Args:
         mean: over the units.
         low: lower end of the percentile bootstrap interval.
         high: upper end.
-        se: standard error of the mean, sd / sqrt(n).
+        se: standard error, for a mean sd / sqrt(n).
         n: number of units.
     """
 
@@ -51,8 +52,34 @@ def estimate_mean(values: Float[Tensor, " n"], *, n_resamples: int = 2000, seed:
     """
     if len(values) < 2:
         raise InputError("values", expected="two or more", received=len(values), remedy="measure more units")
-    values = values.double()
-    means = bootstrap_weights(len(values), n_resamples, seed=seed).double() @ values
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    se = float(values.std()) / len(values) ** 0.5
-    return Estimate(float(values.mean()), low, high, se, len(values))
+    return estimate_ratios(values[:, None], torch.ones(len(values), 1), n_resamples=n_resamples, seed=seed)[0]
+
+
+def estimate_ratios(
+    numerators: Float[Tensor, "n measure"],
+    denominators: Float[Tensor, "n measure"],
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> list[Estimate]:
+    """Ratios of sums over independent units, such as error over variance, with percentile bootstrap intervals.
+
+    All measures are resampled together. Standard errors are those of the linearised ratio. From a single unit there is
+    no telling: interval and standard error are NaN, as is a ratio of 0 to 0.
+
+    Args:
+        numerators: of each unit.
+        denominators: of each unit; a ratio of means over tokens has the number of tokens here.
+        n_resamples: bootstrap resamples.
+        seed: of the bootstrap.
+    """
+    n, above, below = len(numerators), numerators.double(), denominators.double()
+    ratios = above.sum(0) / below.sum(0)
+    if n < 2:
+        return [Estimate(ratio, math.nan, math.nan, math.nan, n) for ratio in ratios.tolist()]
+    weights = bootstrap_weights(n, n_resamples, seed=seed).double()
+    ends = torch.tensor([0.025, 0.975], dtype=torch.double)
+    low, high = torch.quantile((weights @ above) / (weights @ below), ends, dim=0)
+    se = ((above - ratios * below) / below.mean(0)).std(0) / n**0.5
+    columns = torch.stack([ratios, low, high, se], dim=1).tolist()
+    return [Estimate(mean, start, end, error, n) for mean, start, end, error in columns]

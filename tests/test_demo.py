@@ -44,7 +44,7 @@ def test_report_json_holds_what_it_promises(run: Path) -> None:
         assert len(row["latents"]) == SMALL.n_latents
     controls = [row["control"] for row in report["dose_response"]]
     assert controls == ["none", "equal_norm", "equal_perplexity"] * 2
-    assert 0 < report["sae"]["fvu"] < 0.5
+    assert 0 < report["sae"]["all"]["fvu_low"] < report["sae"]["all"]["fvu"] < 0.5
     assert report["provenance"]["diff"]["base"]["gguf_sha256"]
     assert str(Path.home()) not in json.dumps(report)
 

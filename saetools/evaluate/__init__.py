@@ -1,18 +1,23 @@
 """Judging: fidelity of an SAE, behaviour of a model, and behaviour under edits beside random controls."""
 
 from saetools.evaluate.dose import Control, DosePoint, DoseResponse, dose_response, edit_norm
-from saetools.evaluate.fidelity import Fidelity, measure_fidelity, splice
+from saetools.evaluate.fidelity import Fidelity, measure_fidelity
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
 from saetools.evaluate.perplexity import Perplexity, measure_perplexity
+from saetools.evaluate.predictions import splice
+from saetools.evaluate.role_fidelity import DENSE_RATE, FREQUENCY_EDGES, RoleFidelity
 from saetools.evaluate.verify import Suspect, Verdict, verify_sae
 
 __all__ = [
+    "DENSE_RATE",
+    "FREQUENCY_EDGES",
     "Control",
     "DosePoint",
     "DoseResponse",
     "Fidelity",
     "ForcedChoiceScore",
     "Perplexity",
+    "RoleFidelity",
     "Suspect",
     "Verdict",
     "dose_response",

@@ -1,58 +1,102 @@
-"""What an SAE keeps of a model: variance, and the model's own predictions with the reconstruction spliced in."""
+"""What an SAE keeps of a model: its activations, and the model's predictions with the reconstruction in their place.
+
+Every figure belongs to positions: how well the residual there is reconstructed, and what the model then predicts next.
+Figures of a token role are over the positions of that role, while the reconstruction stands at all of them. Each is a
+ratio of sums over tokens, with an interval from resampling whole conversations. On the same tokens they equal those of
+SAELens' `run_evals`. Fidelity tells nothing about what latents mean or cause: for that see `saetools.steer`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saetools.activations.stream import ActivationBlock, stream_activations
 from saetools.data.conversation import Conversation
-from saetools.data.tokenizing import Batch, TokenizeReport, make_batches, tokenize
-from saetools.diff import sae_site
+from saetools.data.roles import POSITIONS, Positions, select_positions
+from saetools.data.tokenizing import TokenizeReport, make_batches, tokenize
+from saetools.diff import sae_sha256, sae_site
 from saetools.errors import InputError
-from saetools.models.editing import Edit, Edits, Where, edit
-from saetools.models.forward import final_hidden, logits, read
+from saetools.evaluate.predictions import compare_predictions, fill, splice
+from saetools.evaluate.role_fidelity import DENSE_RATE, FREQUENCY_EDGES, RoleFidelity, RoleSums
+from saetools.models.forward import read
 from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
+from saetools.provenance import sha256_of_texts, versions, write_json
 from saetools.sae.model import SAE
-from saetools.steer import placed
+from saetools.stats import Estimate
 
-_CHUNK = 256  # tokens whose logits exist twice at the same time
+if TYPE_CHECKING:
+    import polars as pl
+
+_TABLE, _FACTS = "fidelity.parquet", "fidelity.json"
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fidelity of an SAE on a model; first positions and padding do not count.
+    """Fidelity of an SAE on a model.
 
     Args:
-        fvu: fraction of variance unexplained, sum ||x - x'||^2 / sum ||x - mean||^2.
-        l0: mean active latents a token.
-        dead: share of latents that fired on no counted token.
-        ce_clean: cross-entropy of the model, nats a token.
-        ce_sae: the same with the reconstruction in place of the residual.
-        ce_zero: the same with zeros in its place.
-        ce_recovered: (ce_zero - ce_sae) / (ce_zero - ce_clean).
-        kl: mean KL(clean || spliced), nats a token.
-        n_tokens: tokens that fvu, l0 and dead count.
-        n_predictions: tokens that cross-entropies and KL count.
+        by_role: figures at the positions of each role that occurs; the last is `all`.
         n_truncated: conversations that were cut.
+        provenance: model, SAE, site, data, settings, versions.
     """
 
-    fvu: float
-    l0: float
-    dead: float
-    ce_clean: float
-    ce_sae: float
-    ce_zero: float
-    ce_recovered: float
-    kl: float
-    n_tokens: int
-    n_predictions: int
+    by_role: Mapping[Positions, RoleFidelity]
     n_truncated: int
+    provenance: Mapping[str, Any]
+
+    @property
+    def all(self) -> RoleFidelity:
+        """Figures over the positions of all roles."""
+        return self.by_role["all"]
+
+    def table(self) -> pl.DataFrame:
+        """One row a role: `role`, every figure, and with `_low` and `_high` the ends of its interval; no histogram.
+
+        What is undefined, such as the interval from a single conversation, is null.
+        """
+        import polars as pl
+
+        return pl.DataFrame([{"role": role, **_row(figures)} for role, figures in self.by_role.items()])
+
+    def save(self, path: str | Path) -> Path:
+        """Write `fidelity.parquet` (the table) and `fidelity.json` (with histograms and provenance) into a folder."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        temporary = path / f".{_TABLE}.tmp"
+        self.table().write_parquet(temporary)
+        temporary.replace(path / _TABLE)
+        facts = {
+            "roles": {role: {**_row(one), "histogram": one.histogram} for role, one in self.by_role.items()},
+            "frequency_edges": FREQUENCY_EDGES,
+            "dense_rate": DENSE_RATE,
+            "n_truncated": self.n_truncated,
+            "provenance": self.provenance,
+        }
+        write_json(path / _FACTS, facts)
+        return path
+
+
+def _row(figures: RoleFidelity) -> dict[str, float | int | None]:
+    row: dict[str, float | int | None] = {}
+    for field in dataclasses.fields(figures):
+        value = getattr(figures, field.name)
+        if isinstance(value, Estimate):
+            ends = {field.name: value.mean, f"{field.name}_low": value.low, f"{field.name}_high": value.high}
+            row |= {name: end if math.isfinite(end) else None for name, end in ends.items()}
+        elif field.name != "histogram":
+            row[field.name] = value
+    return row
 
 
 @torch.inference_mode()
@@ -63,116 +107,104 @@ def measure_fidelity(
     *,
     site: Site | None = None,
     max_tokens: int | None = 256,
+    skip_first: bool = True,
+    n_resamples: int = 1000,
+    seed: int = 0,
     batch_tokens: int = 2048,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Fidelity:
-    """Measure an SAE on conversations or texts.
+    """Measure an SAE on conversations or texts, by token role.
+
+    They are read twice, first for the mean activations. Memory grows by a few sums a conversation, whatever d_sae.
 
     Args:
         lm: the model, base or tuned.
-        sae: the SAE.
+        sae: an autoencoder.
         conversations: what to read.
         site: where the SAE reads; by default what its metadata says.
         max_tokens: longer conversations are cut, and counted.
+        skip_first: neither count nor replace first positions, which are attention sinks.
+        n_resamples: bootstrap resamples.
+        seed: of the bootstrap.
         batch_tokens: padded tokens of a forward pass.
-        on_progress: called with tokens done.
+        on_progress: called with batches done and in all, over both readings.
 
     Raises:
-        InputError: if there is nothing to predict, or no site is known.
+        InputError: if there is nothing to predict, no site is known, or for a transcoder or an SAE of another width.
+        NonFiniteError: if an activation is NaN or infinite.
+
+    Example:
+        >>> sae = load_sae("data/sae/smollm2-135m")
+        >>> chats = [Conversation.chat("Name a colour.", "Blue."), Conversation.chat("And a fruit?", "A pear.")]
+        >>> fidelity = measure_fidelity(lm, sae, chats)
+        >>> list(fidelity.by_role)
+        ['prompt', 'last_prompt', 'header', 'response', 'template', 'all']
+        >>> 0 < fidelity.by_role["response"].fvu.mean < 0.5
+        True
     """
     site = site or sae_site(sae)
+    if sae.d_out != sae.d_in or sae.d_in != lm.d_model or sae.metadata.site_out:
+        raise InputError(
+            "sae",
+            expected=f"an autoencoder of width {lm.d_model}, that of {lm.name}",
+            received=f"d_in {sae.d_in}, d_out {sae.d_out}",
+            remedy="load the SAE of this model",
+        )
     report = TokenizeReport()
     tokenized = list(tokenize(conversations, lm.tokenizer, max_tokens=max_tokens, report=report))
-    moments = _Moments(sae.d_in, sae.d_sae)
-    totals = torch.zeros(4, dtype=torch.double)  # nll clean, nll spliced, nll zero, KL
-    n_predictions = 0
+    if not any(len(one) > 1 + skip_first for one in tokenized):
+        raise InputError("conversations", expected="tokens to predict", received="none", remedy="pass longer texts")
+    batches = list(make_batches(tokenized, batch_tokens=batch_tokens))
+    n_done = 0
+
+    def tick() -> None:
+        nonlocal n_done
+        n_done += 1
+        if on_progress is not None:
+            on_progress(n_done, 2 * len(batches))
+
     with lm.active():
-        for batch in make_batches(tokenized, batch_tokens=batch_tokens):
-            replay = LayerReplay(lm, site)
+        blocks = stream_activations(lm, [site], tokenized, batch_tokens=batch_tokens, skip_first=skip_first)
+        means = _role_means(blocks, site, sae.d_in, tick)
+        edits = {
+            "sae": {site: splice(sae, skip_first=skip_first)},
+            "mean": {site: fill(means[POSITIONS.index("all")], skip_first=skip_first)},
+            "zero": {site: fill(torch.zeros(sae.d_in), skip_first=skip_first)},
+        }
+        sums = RoleSums(means, len(tokenized), sae.d_sae)
+        for batch in batches:
+            counted, replay = batch.counted(skip_first=skip_first), LayerReplay(lm, site)
             with replay.over(lm, batch.token_ids, batch.mask):
                 acts = read(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device), [site])[site]
-            moments.add(sae, acts[batch.counted().to(acts.device)])
-            sums, n = _prediction_sums(lm, sae, site, batch, replay)
-            totals += sums
-            n_predictions += n
-            if on_progress is not None:
-                on_progress(moments.n)
-    if not n_predictions:
-        raise InputError("conversations", expected="tokens to predict", received="none", remedy="pass longer texts")
-    ce_clean, ce_sae, ce_zero, kl = (totals / n_predictions).tolist()
-    return Fidelity(
-        fvu=moments.fvu(),
-        l0=moments.active / moments.n,
-        dead=float((moments.fired == 0).float().mean()),
-        ce_clean=ce_clean,
-        ce_sae=ce_sae,
-        ce_zero=ce_zero,
-        ce_recovered=(ce_zero - ce_sae) / (ce_zero - ce_clean),
-        kl=kl,
-        n_tokens=moments.n,
-        n_predictions=n_predictions,
-        n_truncated=report.n_truncated,
-    )
+            predicted = compare_predictions(lm, batch, counted, edits, replay)
+            rows = torch.tensor(batch.rows)[:, None].expand_as(counted)
+            sums.add(sae, acts[counted.to(acts.device)], batch.roles[counted], rows[counted], predicted)
+            tick()
+    provenance = {
+        "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
+        "sae": sae_sha256(sae),
+        "site": str(site),
+        "data_sha256": sha256_of_texts(" ".join(map(str, one.token_ids.tolist())) for one in tokenized),
+        "max_tokens": max_tokens,
+        "skip_first": skip_first,
+        "n_resamples": n_resamples,
+        "seed": seed,
+        "versions": versions(),
+    }
+    return Fidelity(dict(sums.figures(n_resamples, seed)), report.n_truncated, provenance)
 
 
-def splice(sae: SAE) -> Edit:
-    """Replace the residual stream by its reconstruction, first positions apart."""
-
-    def fn(acts: Tensor, where: Where) -> Tensor:
-        chosen = where.mask & (where.positions > 0)
-        recon = placed(sae, acts.device)(acts[chosen])
-        return acts.masked_scatter(chosen[..., None], recon.to(acts.dtype))
-
-    return fn
-
-
-def _zero(acts: Tensor, where: Where) -> Tensor:
-    chosen = where.mask & (where.positions > 0)
-    return acts.masked_fill(chosen[..., None], 0.0)
-
-
-class _Moments:
-    """Sums for FVU (in float64: mean and variance in one pass), L0 and dead latents."""
-
-    def __init__(self, d_in: int, d_sae: int) -> None:
-        self.n = self.active = 0
-        self.squared = self.error = 0.0
-        self.sum = torch.zeros(d_in, dtype=torch.double)
-        self.fired = torch.zeros(d_sae)
-
-    def add(self, sae: SAE, acts: Float[Tensor, "token d_in"]) -> None:
-        acts = acts.to(sae.W_dec.device)
-        latents = sae.encode(acts)
-        x = acts.double()
-        self.error += float((x - sae.decode(latents, acts).double()).square().sum())
-        self.squared += float(x.square().sum())
-        self.sum += x.sum(0).cpu()
-        self.active += int((latents.values != 0).sum())
-        self.fired += latents.counts().float().cpu()
-        self.n += len(x)
-
-    def fvu(self) -> float:
-        return self.error / (self.squared - float(self.sum.square().sum()) / self.n)
-
-
-def _prediction_sums(
-    lm: LanguageModel, sae: SAE, site: Site, batch: Batch, replay: LayerReplay
-) -> tuple[Float[Tensor, " 4"], int]:
-    """Summed negative log-probabilities (clean, spliced, zero) and KL over the batch's predicted tokens."""
-    scored = batch.counted()
-    targets = batch.token_ids[scored].to(lm.device)
-
-    def run(edits: Edits) -> Tensor:
-        with edit(lm, edits), replay.over(lm, batch.token_ids, batch.mask):
-            hidden = final_hidden(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device))
-        return hidden[:, :-1][scored[:, 1:].to(hidden.device)]
-
-    clean, spliced, zero = run({}), run({site: splice(sae)}), run({site: _zero})
-    sums = torch.zeros(4, dtype=torch.double)
-    for start in range(0, len(targets), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        log_p, log_q, log_z = (torch.log_softmax(logits(lm, h[part]).float(), -1) for h in (clean, spliced, zero))
-        for index, scores in enumerate((log_p, log_q, log_z)):
-            sums[index] -= scores.gather(1, targets[part, None]).double().sum().cpu()
-        sums[3] += (log_p.exp() * (log_p - log_q)).double().sum().cpu()
-    return sums, len(targets)
+def _role_means(
+    blocks: Iterable[ActivationBlock], site: Site, d_in: int, tick: Callable[[], None]
+) -> Float[Tensor, "role d_in"]:
+    """Mean activation of each role, in the order of `POSITIONS`, in float64; 0 for one that does not occur."""
+    sums = torch.zeros(len(POSITIONS), d_in, dtype=torch.double)
+    counts = torch.zeros(len(POSITIONS), 1, dtype=torch.double)
+    for block in blocks:
+        x = block.acts[site].double()
+        for index, role in enumerate(POSITIONS):
+            chosen = select_positions(block.roles, role)
+            sums[index] += x[chosen.to(x.device)].sum(0).cpu()
+            counts[index] += chosen.sum()
+        tick()
+    return sums / counts.clamp_min(1)

@@ -61,10 +61,11 @@ class Verdict:
     @property
     def fits(self) -> bool:
         """Whether the SAE explains what it should, and nothing does clearly better."""
-        return not self.suspects and self.fidelity.fvu < _GOOD_FVU
+        return not self.suspects and self.fidelity.all.fvu.mean < _GOOD_FVU
 
     def __str__(self) -> str:
-        head = f"FVU {self.fidelity.fvu:.3f}, L0 {self.fidelity.l0:.1f}, CE recovered {self.fidelity.ce_recovered:.3f}"
+        here = self.fidelity.all
+        head = f"FVU {here.fvu.mean:.3f}, L0 {here.l0.mean:.1f}, CE recovered {here.ce_recovered.mean:.3f}"
         if self.fits:
             return f"{head}: fits"
         lines = [f"{one.fault} (FVU {one.fvu:.3f} without): {one.remedy}" for one in self.suspects]
@@ -103,13 +104,6 @@ def verify_sae(
         True
     """
     site = site or sae_site(sae)
-    if sae.d_out != sae.d_in or sae.d_in != lm.d_model or sae.metadata.site_out:
-        raise InputError(
-            "sae",
-            expected=f"an autoencoder of width {lm.d_model}, that of {lm.name}",
-            received=f"d_in {sae.d_in}, d_out {sae.d_out}",
-            remedy="load the SAE of this model",
-        )
     fidelity = measure_fidelity(lm, sae, conversations, site=site, max_tokens=max_tokens)
     acts = _Activations(lm, conversations, max_tokens)
     here = acts.at(site)

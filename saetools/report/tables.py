@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from saetools.evaluate.role_fidelity import DENSE_RATE
 from saetools.report.doses import CONTROLS, DoseGroup
 from saetools.report.value import LatentRow, PersonaReport
 from saetools.report.wording import interval, number, percent, plain, token
@@ -66,13 +67,20 @@ _MEASURES: Mapping[str, tuple[str, str]] = {
     "fvu": ("FVU", "fraction of variance unexplained; 0 is perfect"),
     "l0": ("L0", "active latents per token, on average"),
     "dead": ("Dead latents", "share that fired on no counted token"),
+    "dense": ("Dense latents", f"share that fired on more than {100 * DENSE_RATE:g} % of counted tokens"),
+    "cosine": ("Cosine", "of residual and reconstruction, on average"),
     "ce_recovered": ("CE recovered", "(CE zero \u2212 CE spliced) / (CE zero \u2212 CE clean); 1 is perfect"),
+    "ce_recovered_mean": ("CE recovered, mean", "the same with the mean residual in place of zeros"),
     "kl": ("KL", "from the model to itself with the reconstruction spliced in, nats per token"),
-    "ce_clean": ("CE clean", "cross-entropy of the model, nats per token"),
+    "kl_recovered": ("KL recovered", "1 \u2212 KL / KL with zeros in place of the residual"),
+    "kl_recovered_mean": ("KL recovered, mean", "the same with the mean residual in place of zeros"),
+    "ce_clean": ("CE clean", "cross-entropy of the next token, nats"),
     "ce_sae": ("CE spliced", "with the reconstruction in place of the residual stream"),
+    "ce_mean": ("CE mean", "with the mean residual in its place"),
     "ce_zero": ("CE zero", "with zeros in its place"),
-    "n_tokens": ("Tokens", "counted by FVU, L0 and dead latents"),
-    "n_predictions": ("Predictions", "counted by cross-entropies and KL"),
+    "n_conversations": ("Conversations", "over which intervals resample"),
+    "n_tokens": ("Tokens", "counted; first positions are not"),
+    "n_predictions": ("Predictions", "counted by cross-entropies: tokens with a next one"),
 }
 
 
@@ -194,7 +202,7 @@ def dose_table(group: DoseGroup) -> Table:
 
 
 def fidelity_table(report: PersonaReport) -> Table:
-    """Fidelity measures, one column for each model they were taken on.
+    """Fidelity measures, one column for each token role or model they were taken on.
 
     `report.sae` holds the measures themselves, or mappings of measures by name.
     """
@@ -203,7 +211,7 @@ def fidelity_table(report: PersonaReport) -> Table:
         "Fidelity",
         (Column("measure", kind="text"), *(Column(name) for name in measured), Column("meaning", kind="text")),
         tuple(
-            (Cell(label), *(_measure_cell(key, values.get(key)) for values in measured.values()), Cell(meaning))
+            (Cell(label), *(_measure_cell(key, values) for values in measured.values()), Cell(meaning))
             for key, (label, meaning) in _MEASURES.items()
             if any(key in values for values in measured.values())
         ),
@@ -228,10 +236,13 @@ def _measured(sae: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {str(key): value for key, value in sae.items() if isinstance(value, Mapping) and "fvu" in value}
 
 
-def _measure_cell(key: str, value: Any) -> Cell:
+def _measure_cell(key: str, values: Mapping[str, Any]) -> Cell:
+    value, low, high = (values.get(name) for name in (key, f"{key}_low", f"{key}_high"))
     if value is None:
         return Cell(_NONE)
-    if key == "dead":
+    if low is not None and high is not None:
+        return _interval_cell(value, low, high)
+    if key in ("dead", "dense"):
         return Cell(percent(value), sort=value)
     if key.startswith("n_"):
         return _count_cell(value)
