@@ -16,6 +16,7 @@ PACKAGE = Path(saetools.__file__).parent
 # Layer of each module, by the longest prefix. Imports point to a lower layer, or to the same one without cycles.
 LAYERS = {
     "errors": 0,
+    "room": 0,
     "stats": 0,
     "sae.model": 0,
     "sae.nonlinearity": 0,
@@ -26,6 +27,7 @@ LAYERS = {
     "sae.io": 1,
     "sae.formats": 1,
     "sae.weights": 0,
+    "sae.team": 0,
     "activations": 2,
     "latents": 2,
     "generation": 2,
@@ -33,6 +35,10 @@ LAYERS = {
     "sae.loss": 3,
     "sae.dense": 3,
     "sae.objective": 3,
+    "sae.config": 3,
+    "sae.checkpoint": 3,
+    "sae.trainer": 3,
+    "sae.crosscoder": 3,
     "diff": 4,
     "steer": 4,
     "evaluate": 5,

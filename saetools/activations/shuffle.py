@@ -31,15 +31,20 @@ class Activations(ABC, Generic[Key]):
     def __len__(self) -> int:
         """Tokens of an epoch."""
 
+    @property
+    @abstractmethod
+    def reads(self) -> str:
+        """SHA-256 of the tokens that are read, in their order."""
+
     @abstractmethod
     def pools(self, generator: torch.Generator) -> list[tuple[Key, int]]:
         """What each pool of an epoch holds, in the order that the generator gives, and its number of tokens."""
 
     @abstractmethod
-    def load(self, key: Key) -> dict[Site, Float[Tensor, "token d_model"]]:
+    def load(self, key: Key) -> dict[Site, Float[Tensor, "token *model d_model"]]:
         """The tokens of a pool; equal keys give equal bytes."""
 
-    def loaded(self, keys: Iterator[Key]) -> Iterator[dict[Site, Float[Tensor, "token d_model"]]]:
+    def loaded(self, keys: Iterator[Key]) -> Iterator[dict[Site, Float[Tensor, "token *model d_model"]]]:
         """The tokens of some pools."""
         return map(self.load, keys)
 
@@ -49,7 +54,7 @@ class Activations(ABC, Generic[Key]):
 
     def epoch_batches(
         self, batch_size: int, *, seed: int, epoch: int = 0, start: int = 0
-    ) -> Iterator[Mapping[Site, Float[Tensor, "batch d_model"]]]:
+    ) -> Iterator[Mapping[Site, Float[Tensor, "batch *model d_model"]]]:
         """Shuffled batches of one epoch; equal arguments give equal batches.
 
         Tokens that do not fill the last batch are left out.
@@ -86,7 +91,7 @@ class Activations(ABC, Generic[Key]):
             n_rest = len(others) - n_whole
             del pool  # before the next one is loaded
 
-    def sample(self, n_tokens: int, *, seed: int) -> Mapping[Site, Float[Tensor, "token d_model"]]:
+    def sample(self, n_tokens: int, *, seed: int) -> Mapping[Site, Float[Tensor, "token *model d_model"]]:
         """Random tokens of the first pool of the first epoch, as many as asked for or as it has."""
         key, order = self.first_pool(seed)
         return {site: acts[order[:n_tokens]] for site, acts in self.load(key).items()}
@@ -128,12 +133,12 @@ class SiteActivations:
 
     def epoch_batches(
         self, batch_size: int, *, seed: int, epoch: int = 0, start: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_model"]]:
+    ) -> Iterator[Float[Tensor, "batch *model d_model"]]:
         """Shuffled batches of one epoch; see `Activations.epoch_batches`."""
         batches = self.source.epoch_batches(batch_size, seed=seed, epoch=epoch, start=start)
         return (batch[self.site] for batch in batches)
 
-    def sample(self, n_tokens: int, *, seed: int) -> Float[Tensor, "token d_model"]:
+    def sample(self, n_tokens: int, *, seed: int) -> Float[Tensor, "token *model d_model"]:
         """Random tokens."""
         return self.source.sample(n_tokens, seed=seed)[self.site]
 

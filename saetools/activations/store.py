@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saetools.activations.shuffle import Activations, SiteActivations
 from saetools.activations.stream import ActivationBlock, stream_activations
-from saetools.data.tokenizing import TokenizedConversation, require_tokenized
+from saetools.data.tokenizing import TokenizedConversation, require_tokenized, tokens_sha256
 from saetools.errors import InputError, IntegrityError, NonFiniteError
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
@@ -144,6 +144,12 @@ class StoredActivations(Activations[tuple[int, ...]]):
     def __len__(self) -> int:
         return len(self.store)
 
+    @property
+    def reads(self) -> str:
+        """What the manifest says of the tokens."""
+        skip_first = self.store.manifest["config"]["skip_first"]
+        return sha256_of_texts([self.store.manifest["data_sha256"], str(skip_first)])
+
     def pools(self, generator: torch.Generator) -> list[tuple[tuple[int, ...], int]]:
         """Groups of shards in random order."""
         sizes = [shard["tokens"] for shard in self.store.manifest["shards"]]
@@ -226,21 +232,16 @@ def harvest(
 def _identity(
     lm: LanguageModel, sites: Sequence[Site], conversations: Sequence[TokenizedConversation], config: HarvestConfig
 ) -> dict[str, Any]:
-    import numpy as np
-
     if not conversations:
         raise InputError("conversations", expected="at least one", received="none", remedy="pass what to read")
-
-    def digest(name: str) -> str:
-        return sha256_of_texts(np.asarray(getattr(one, name)).tobytes().hex() for one in conversations)
 
     identity = {
         "format": _FORMAT,
         "sites": [str(site) for site in sites],
         "d_model": lm.d_model,
         "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
-        "data_sha256": digest("token_ids"),
-        "roles_sha256": digest("roles"),
+        "data_sha256": tokens_sha256(conversations, "token_ids"),
+        "roles_sha256": tokens_sha256(conversations, "roles"),
         "config": asdict(config),
         "versions": versions(),
     }

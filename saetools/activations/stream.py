@@ -11,11 +11,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from saetools.activations.shuffle import Activations
-from saetools.data.tokenizing import Batch, TokenizedConversation, make_batches, require_tokenized
+from saetools.data.tokenizing import Batch, TokenizedConversation, make_batches, require_tokenized, tokens_sha256
 from saetools.errors import InputError, NonFiniteError
 from saetools.models.forward import read
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
+from saetools.provenance import sha256_of_texts
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,11 @@ class StreamedActivations(Activations[tuple[int, ...]]):
 
     def __len__(self) -> int:
         return sum(self._lengths)
+
+    @property
+    def reads(self) -> str:
+        """Of the token ids of all conversations."""
+        return sha256_of_texts([tokens_sha256(self.conversations, "token_ids"), str(self.skip_first)])
 
     def pools(self, generator: torch.Generator) -> list[tuple[tuple[int, ...], int]]:
         """Groups of conversations in random order."""

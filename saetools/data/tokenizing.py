@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from saetools.data.conversation import Conversation
 from saetools.data.roles import Role
 from saetools.data.template import ChatTemplate, ChatText, added_prefix, inexact
 from saetools.errors import InputError
+from saetools.provenance import sha256_of_texts
 
 _CHUNK_CHARACTERS = 200_000
 
@@ -277,3 +278,8 @@ def _token_roles(
         if n_before:
             roles[n_before - 1] |= int(Role.LAST_PROMPT)
     return roles
+
+
+def tokens_sha256(conversations: Iterable[TokenizedConversation], name: Literal["token_ids", "roles"]) -> str:
+    """Hash of the token ids, or of the roles, of conversations in their order."""
+    return sha256_of_texts(np.asarray(getattr(one, name)).tobytes().hex() for one in conversations)

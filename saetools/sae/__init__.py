@@ -1,6 +1,7 @@
 """Sparse autoencoders: the model, its sparse arithmetic, training and files."""
 
 from saetools.sae.config import Progress, TrainConfig
+from saetools.sae.crosscoder import Crosscoder, load_crosscoder, train_crosscoder
 from saetools.sae.io import load_sae, save_sae
 from saetools.sae.model import SAE, SAEMetadata
 from saetools.sae.nonlinearity import AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
@@ -12,6 +13,7 @@ __all__ = [
     "SAE",
     "AbsTopK",
     "BatchTopKLoss",
+    "Crosscoder",
     "Gated",
     "GatedLoss",
     "JumpReLU",
@@ -27,8 +29,10 @@ __all__ = [
     "TopKLoss",
     "TrainConfig",
     "TrainRun",
+    "load_crosscoder",
     "load_sae",
     "save_sae",
+    "train_crosscoder",
     "train_sae",
     "train_saes",
 ]

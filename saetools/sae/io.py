@@ -49,7 +49,8 @@ def save_sae(
 
     Args:
         sae: what to write.
-        path: folder; made if missing. The config is written last, so a folder with a config is complete.
+        path: folder; made if missing. The config is written last, so a folder with a config is complete. Nothing is
+            written of an SAE that the format does not have.
         format: `sae_lens` takes every kind of SAE; `sparsify` takes TopK, skips included; `dictionary_learning` takes
             ReLU, TopK, Gated and JumpReLU.
         storage_dtype: dtype of the weights on disk, such as `float16` to halve the size; readers cast back.
@@ -74,7 +75,6 @@ def save_sae(
             received=f"{path}, which holds {others[0]}",
             remedy="save to another folder",
         )
-    path.mkdir(parents=True, exist_ok=True)
     writer.save(sae, path, storage_dtype)
     return path
 
@@ -119,6 +119,29 @@ def load_sae(
     sae = sae.to(device, dtype)
     sae.p99 = None if p99 is None else p99.to(device)  # a statistic keeps its precision
     return sae.eval().requires_grad_(False)
+
+
+def sae_format(path: str | Path, *, sae_id: str | None = None) -> str:
+    """In which format a file or folder holds an SAE.
+
+    Args:
+        path: a folder or a file of weights.
+        sae_id: subfolder of a local run.
+
+    Returns:
+        `sae_lens`, `sparsify`, `dictionary_learning`, `gemma_scope`, `llama_scope` or `openai`.
+
+    Raises:
+        InputError: if nothing there is an SAE, or more than one thing is.
+        IntegrityError: if a file is damaged.
+
+    Example:
+        >>> sae_format("data/sae/smollm2-135m")
+        'sae_lens'
+    """
+    path = Path(path).expanduser()
+    reader, _ = _find(path / sae_id if sae_id else path)
+    return reader.__name__.rpartition(".")[2]
 
 
 def _from_disk(path: Path) -> SAE:

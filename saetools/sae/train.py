@@ -115,7 +115,7 @@ def train_sae(
         >>> folder = tempfile.mkdtemp()
         >>> texts = [Conversation(text=pair.neutral) for pair in load_voices()[:4]]
         >>> store = harvest(lm, [Site(1)], list(tokenize(texts, lm.tokenizer)), folder + "/store")
-        >>> config = TrainConfig(d_sae=64, loss=TopKLoss(k=4), batch_size=64, n_tokens=640)
+        >>> config = TrainConfig(d_sae=64, batch_size=64, n_tokens=640)
         >>> train_sae(store.at(Site(1)), config, folder + "/sae").d_sae
         64
     """

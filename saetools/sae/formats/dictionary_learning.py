@@ -194,6 +194,7 @@ def save(sae: SAE, folder: Path, storage_dtype: torch.dtype | None) -> None:
         InputError: for a kind that dictionary_learning does not have.
     """
     class_name, others = _describe(sae)
+    folder.mkdir(parents=True, exist_ok=True)
     spec = _CLASSES[class_name]
     tensors = {
         spec.encoder: sae.W_enc if spec.encoder == "W_enc" else sae.encoder,

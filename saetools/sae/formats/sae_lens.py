@@ -53,6 +53,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 def save(sae: SAE, folder: Path, storage_dtype: torch.dtype | None) -> None:
     """Write an SAE; the config comes last, so a folder with a config is complete."""
     architecture, tensors = _describe(sae)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     write_safetensors(folder / WEIGHTS, tensors, storage_dtype)
     write_statistics(sae, folder)

@@ -96,6 +96,7 @@ def save(sae: SAE, folder: Path, storage_dtype: torch.dtype | None) -> None:
         InputError: for a kind that sparsify does not have.
     """
     config = _describe(sae)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, BESIDE):
         (folder / name).unlink(missing_ok=True)
     tensors = {"encoder.weight": sae.encoder, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
