@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: tests fetch nothing from hubs
@@ -119,3 +121,19 @@ def family_sites(family_lm: LanguageModel) -> list[Site]:
     parallel = getattr(family_lm.model.config, "use_parallel_residual", False)
     streams = [stream for stream in STREAMS if not (parallel and stream == "resid_mid")]
     return [Site(layer, stream) for layer in range(N_LAYERS) for stream in streams]
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], Any]:
+    """`with small_files(n): ...`: the system refuses files of more than n bytes, as a full disk does."""
+
+    @contextmanager
+    def limit(n_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

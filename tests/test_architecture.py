@@ -27,7 +27,7 @@ LAYERS = {
     "sae.io": 1,
     "sae.formats": 1,
     "sae.weights": 0,
-    "sae.team": 0,
+    "team": 0,
     "activations": 2,
     "latents": 2,
     "generation": 2,

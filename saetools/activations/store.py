@@ -20,6 +20,8 @@ from saetools.errors import InputError, IntegrityError, NonFiniteError
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
 from saetools.provenance import sha256_of_file, sha256_of_texts, versions, write_json
+from saetools.room import enough_room
+from saetools.team import Team
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -174,6 +176,9 @@ def harvest(
 ) -> ActivationStore:
     """Write the activations of conversations to disk; a run that was killed continues, to the same bytes.
 
+    In a process group (`torchrun`), all processes call it with equal arguments and each reads its share of the shards;
+    they need the same `path`.
+
     Args:
         lm: the model.
         sites: where to read.
@@ -186,9 +191,8 @@ def harvest(
         InputError: if the folder holds a store of something else.
         IntegrityError: if an existing shard is missing or has another size than the manifest says.
         NonFiniteError: if an activation is not finite, or does not fit the storage dtype.
+        ResourceError: if memory or disk space runs out; what was written stays.
     """
-    from safetensors.torch import save_file
-
     _check_config(config)
     require_tokenized(conversations)
     path = Path(path)
@@ -199,34 +203,58 @@ def harvest(
         manifest = {**identity, "shards": [], "complete": False}
     _check_same(manifest, identity, path)
     _check_shards(path, manifest)
-    for leftover in (*path.glob("shard-*.tmp"), *path.glob(f".{_MANIFEST}.*.tmp")):
-        leftover.unlink(missing_ok=True)
-    dtype = getattr(torch, config.dtype)
+    team = Team.present()
+    if team.rank == 0:
+        for leftover in (*path.glob("shard-*.tmp"), *path.glob(f".{_MANIFEST}.*.tmp")):
+            leftover.unlink(missing_ok=True)
+    team.agree(None)  # nobody writes before all have read and the leftovers are gone
     plan = _plan_shards(conversations, config.shard_tokens)
-    total, done = sum(map(len, conversations)), 0
-    for index, documents in enumerate(plan):
-        n_read = sum(len(conversations[document]) for document in documents)
-        if index >= len(manifest["shards"]):
-            chosen = [conversations[document] for document in documents]
-            stream = stream_activations(
-                lm, sites, chosen, batch_tokens=config.batch_tokens, skip_first=config.skip_first
-            )
-            tensors = _join([_as_stored(block, dtype) for block in stream], first_document=documents.start)
-            file = path / f"shard-{index:05d}.safetensors"
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    n_tokens = [sum(len(conversations[document]) for document in documents) for documents in plan]
+    for first in range(0, len(plan), team.size):
+        index, entry, problem = first + team.rank, None, None
+        if len(manifest["shards"]) <= index < len(plan):
             try:
-                save_file(tensors, temporary)
-                temporary.replace(file)
-            finally:
-                temporary.unlink(missing_ok=True)
-            entry = {"file": file.name, "tokens": len(tensors["token_ids"]), "bytes": file.stat().st_size}
-            manifest["shards"].append(entry | {"sha256": sha256_of_file(file)})
-            manifest["complete"] = index == len(plan) - 1
-            write_json(path / _MANIFEST, manifest)
-        done += n_read
-        if on_progress is not None:
-            on_progress(done, total)
+                with enough_room(f"shard {index} in {path}; those before it stand"):
+                    entry = _write_shard(lm, sites, conversations, plan[index], config, path, index)
+            except Exception as error:
+                problem = error
+        team.agree(problem)
+        if written := [one for one in team.gather(entry) if one is not None]:
+            manifest["shards"] += written
+            manifest["complete"] = len(manifest["shards"]) == len(plan)
+            if team.rank == 0:
+                write_json(path / _MANIFEST, manifest)
+        if on_progress is not None and team.rank == 0:
+            on_progress(sum(n_tokens[: first + team.size]), sum(n_tokens))
+    team.agree(None)  # nobody reads before the manifest is written
     return ActivationStore(path)
+
+
+def _write_shard(
+    lm: LanguageModel,
+    sites: Sequence[Site],
+    conversations: Sequence[TokenizedConversation],
+    documents: range,
+    config: HarvestConfig,
+    path: Path,
+    index: int,
+) -> dict[str, Any]:
+    """Read some conversations and write them to a file; returns its entry in the manifest."""
+    from safetensors.torch import save_file
+
+    chosen = [conversations[document] for document in documents]
+    stream = stream_activations(lm, sites, chosen, batch_tokens=config.batch_tokens, skip_first=config.skip_first)
+    dtype = getattr(torch, config.dtype)
+    tensors = _join([_as_stored(block, dtype) for block in stream], first_document=documents.start)
+    file = path / f"shard-{index:05d}.safetensors"
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    entry = {"file": file.name, "tokens": len(tensors["token_ids"]), "bytes": file.stat().st_size}
+    return entry | {"sha256": sha256_of_file(file)}
 
 
 def _identity(

@@ -16,8 +16,8 @@ from torch import Tensor
 from saetools.errors import InputError, IntegrityError
 from saetools.room import enough_room
 from saetools.sae.objective import AnyLoss
-from saetools.sae.team import Team
 from saetools.sae.weights import Weights, empty_like
+from saetools.team import Team
 
 _NAME = "checkpoint.safetensors"
 

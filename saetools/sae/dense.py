@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saetools.sae.loss import n_tokens
 from saetools.sae.sparse import chunk_tokens
-from saetools.sae.team import ALONE, Team
 from saetools.sae.weights import Weights
+from saetools.team import ALONE, Team
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from saetools.sae.sparse import (
     select_candidates,
     select_top,
 )
-from saetools.sae.team import ALONE, Team
 from saetools.sae.weights import Weights, empty_like
+from saetools.team import ALONE, Team
 
 
 @dataclass(frozen=True)

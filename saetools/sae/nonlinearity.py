@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saetools.errors import InputError
-from saetools.sae.sparse import chunk_tokens, select_top
+from saetools.sae.sparse import LatentMajorPairs, chunk_tokens, select_candidates, select_top
 
 Tokens = Float[Tensor, "token d_in"]
 Weight = Float[Tensor, "d_in d_sae"]
@@ -31,10 +31,29 @@ class TopK(nn.Module):
             raise InputError("k", expected="1 or more", received=k, remedy="raise k")
         self.k = k
 
-    def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
-        """Values and latents of the k largest; ties go to either."""
-        values, indices = select_top(x, weight, bias, self.k)
-        return values.relu_(), indices
+    def select(
+        self, x: Tokens, weight: Weight, bias: Bias, *, encode_dtype: torch.dtype | None = None
+    ) -> tuple[Values, Slots]:
+        """Values and latents of the k largest; ties go to either.
+
+        Args:
+            x: tokens.
+            weight: encoder weights.
+            bias: of the encoder.
+            encode_dtype: of a product that only proposes half as many latents again, of which the values in the dtype
+                of the weights then choose.
+        """
+        if encode_dtype in (None, weight.dtype):
+            values, indices = select_top(x, weight, bias, self.k)
+            return values.relu_(), indices
+        n = min(len(bias), self.k + -(-self.k // 2))
+        if encode_dtype == torch.int8:
+            candidates = select_candidates(x, weight.T, bias, n)
+        else:
+            _, candidates = select_top(x.to(encode_dtype), weight.to(encode_dtype), bias.to(encode_dtype), n)
+        pairs = LatentMajorPairs(candidates, len(bias))
+        top = pairs.scatter(pairs.dots(weight.T, x) + bias[pairs.latents]).topk(self.k, dim=1, sorted=False)
+        return top.values.relu_(), candidates.gather(1, top.indices)
 
 
 class ReLU(nn.Module):
@@ -42,7 +61,12 @@ class ReLU(nn.Module):
 
     def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Values and latents above 0, as many slots as the busiest token has."""
-        return _select_positive(x, len(bias), lambda chunk: torch.addmm(bias, chunk, weight).relu_())
+
+        def fire(chunk: Tensor) -> tuple[Tensor, Tensor]:
+            pre = torch.addmm(bias, chunk, weight)
+            return pre, pre > 0
+
+        return _select_active(x, len(bias), fire)
 
 
 class JumpReLU(nn.Module):
@@ -61,11 +85,13 @@ class JumpReLU(nn.Module):
     def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Values and latents above their threshold, as many slots as the busiest token has."""
 
-        def jump(chunk: Tensor) -> Tensor:
-            pre = torch.addmm(bias, chunk, weight)
-            return torch.where(pre > self.threshold.to(pre.dtype), pre, 0.0).relu_()
+        threshold = self.threshold.to(weight.dtype).relu()
 
-        return _select_positive(x, len(bias), jump)
+        def fire(chunk: Tensor) -> tuple[Tensor, Tensor]:
+            pre = torch.addmm(bias, chunk, weight)
+            return pre, pre > threshold
+
+        return _select_active(x, len(bias), fire)
 
 
 class Gated(nn.Module):
@@ -86,12 +112,12 @@ class Gated(nn.Module):
     def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Values and latents whose gate is open, as many slots as the busiest token has."""
 
-        def gate(chunk: Tensor) -> Tensor:
+        def fire(chunk: Tensor) -> tuple[Tensor, Tensor]:
             pre = chunk @ weight
-            strength = (pre * self.r_mag.to(pre.dtype).exp() + self.b_mag.to(pre.dtype)).relu_()
-            return torch.where(pre + bias > 0, strength, 0.0)
+            strength = torch.addcmul(self.b_mag.to(pre.dtype), pre, self.r_mag.to(pre.dtype).exp())
+            return strength, (pre + bias > 0) & (strength > 0)
 
-        return _select_positive(x, len(bias), gate)
+        return _select_active(x, len(bias), fire)
 
 
 class AbsTopK(nn.Module):
@@ -164,14 +190,21 @@ Nonlinearity = TopK | ReLU | JumpReLU | Gated | AbsTopK | MatchingPursuit
 """Chooses the active latents of tokens: `select(x, weight, bias)` gives values and latents of x @ weight and bias."""
 
 
-def _select_positive(x: Tensor, d_sae: int, activate: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Positive entries of `activate(x)`, computed chunk by chunk, in as many slots as the busiest token needs."""
-    parts = []
-    for chunk in torch.split(x, chunk_tokens(d_sae)):
-        kept = activate(chunk)
-        n_slots = int((kept > 0).sum(1).max()) if len(kept) else 0
-        parts.append(kept.topk(n_slots, dim=1, sorted=False))
-    width = max(part.values.shape[1] for part in parts)
-    values = [nn.functional.pad(part.values, (0, width - part.values.shape[1])) for part in parts]
-    indices = [nn.functional.pad(part.indices, (0, width - part.indices.shape[1])) for part in parts]
-    return torch.cat(values), torch.cat(indices)
+def _select_active(x: Tensor, d_sae: int, fire: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Values and latents that `fire` marks in a chunk of tokens, in as many slots as the busiest token needs."""
+    tokens, latents, values = [], [], []
+    size = chunk_tokens(d_sae)
+    for number, chunk in enumerate(torch.split(x, size)):
+        strengths, active = fire(chunk)
+        rows, columns = active.nonzero(as_tuple=True)
+        tokens.append(rows + number * size)
+        latents.append(columns)
+        values.append(strengths[rows, columns])
+    token = torch.cat(tokens)
+    counts = torch.bincount(token, minlength=len(x))
+    slot = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[token]
+    shape = len(x), int(counts.max()) if len(x) else 0
+    kept, slots = values[0].new_zeros(shape), latents[0].new_zeros(shape)
+    kept[token, slot] = torch.cat(values)
+    slots[token, slot] = torch.cat(latents)
+    return kept, slots

@@ -27,8 +27,8 @@ from saetools.errors import InputError
 from saetools.sae.dense import Step, dense_step
 from saetools.sae.loss import batch_topk_step, n_tokens, topk_step
 from saetools.sae.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU, TopK
-from saetools.sae.team import ALONE, Team
 from saetools.sae.weights import GatedWeights, JumpReLUWeights, Weights
+from saetools.team import ALONE, Team
 
 _START_NORM = (
     0.1  # of encoder and decoder rows of dense kinds: with unit rows they would first be dense and far too loud

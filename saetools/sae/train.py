@@ -17,8 +17,8 @@ from saetools.models.site import Site
 from saetools.room import enough_room
 from saetools.sae.config import Progress, TrainConfig
 from saetools.sae.model import SAE, SAEMetadata
-from saetools.sae.team import Team
 from saetools.sae.trainer import Batch, Trainer
+from saetools.team import Team
 
 _SAMPLE = 65536  # tokens on which norms and mean are measured
 

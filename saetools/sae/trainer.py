@@ -23,8 +23,8 @@ from saetools.sae.io import save_sae
 from saetools.sae.loss import n_tokens
 from saetools.sae.model import SAE, SAEMetadata
 from saetools.sae.objective import StepContext
-from saetools.sae.team import Team
 from saetools.sae.weights import Weights
+from saetools.team import Team
 
 Batch = Shaped[Tensor, "token ..."]
 """Activations [token, d_model], or of several models side by side, [token, model, d_model]."""

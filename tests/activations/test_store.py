@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from saetools.activations import (
     stream_activations,
 )
 from saetools.data import Conversation, Role, TokenizedConversation, tokenize
-from saetools.errors import InputError, IntegrityError, NonFiniteError
+from saetools.errors import InputError, IntegrityError, NonFiniteError, ResourceError
 from saetools.models import LanguageModel, Site, edit, load_model, read
 from saetools.provenance import sha256_of_file
 
@@ -214,16 +216,34 @@ def test_leftovers_of_a_kill_are_removed(
 
 
 def test_a_disk_that_is_full(
-    tiny_lm: LanguageModel, tokenized: list[TokenizedConversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_lm: LanguageModel, tokenized: list[TokenizedConversation], tmp_path: Path, small_files: Callable[[int], Any]
 ):
-    def half(tensors: Any, file: Path) -> None:
-        file.write_bytes(b"half")
-        raise OSError("disk full")
+    def fill(done: int, total: int) -> None:
+        limit.enter_context(small_files(5000))
 
-    monkeypatch.setattr("safetensors.torch.save_file", half)
-    with pytest.raises(OSError, match="disk full"):
-        harvest(tiny_lm, SITES, tokenized, tmp_path)
-    assert not list(tmp_path.iterdir())
+    with (
+        ExitStack() as limit,
+        pytest.raises(ResourceError, match=r"no disk space for shard 1 in .*; those before it stand"),
+    ):
+        harvest(tiny_lm, SITES, tokenized, tmp_path, config=SMALL, on_progress=fill)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+    assert len(harvest(tiny_lm, SITES, tokenized, tmp_path, config=SMALL).manifest["shards"]) > 3
+
+
+def test_two_processes_write_the_store_of_one(
+    tiny_lm: LanguageModel, tokenized: list[TokenizedConversation], tokenizer: Any, tmp_path: Path
+):
+    tiny_lm.model.save_pretrained(tmp_path / "model")
+    lm = load_model(str(tmp_path / "model"), tokenizer=tokenizer)
+    whole = harvest(lm, SITES, tokenized, tmp_path / "whole", config=SMALL)
+    assert len(whole.manifest["shards"]) % 2 == 1  # the last round is not full
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).with_name("tiny_harvest.py")), str(tmp_path / "divided")]
+    command += [tokenizer.name_or_path, str(tmp_path / "model"), json.dumps(dataclasses.asdict(SMALL)), "together"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files_of(tmp_path / "divided") == files_of(tmp_path / "whole")
+    assert {line.split()[0] for line in done.stdout.splitlines() if line.startswith("rank")} == {"rank0", "rank1"}
 
 
 # Another harvest

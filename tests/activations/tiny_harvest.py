@@ -1,7 +1,8 @@
 """Conversations for tests, and a process that harvests them, to be killed.
 
 `python tiny_harvest.py OUT TOKENIZER MODEL SETTINGS` prints a line after every shard and then waits for a line. With
-`train` as settings it trains an SAE straight from the model, and does so after every step.
+`train` as settings it trains an SAE straight from the model, and does so after every step. With `together` as a fifth
+argument it is one of several processes, waits for nobody, and says which shards it writes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ if __name__ == "__main__":
     from saetools.sae import train_sae
 
     torch.set_num_threads(1)
-    out, tokenizer, model, settings = sys.argv[1:]
+    out, tokenizer, model, settings, *together = sys.argv[1:]
+    if together:
+        torch.distributed.init_process_group("gloo")
 
     def report(done: int, total: int) -> None:
         print(done, flush=True)
@@ -52,5 +55,12 @@ if __name__ == "__main__":
 
         source = StreamedActivations(lm, SITES, conversations, buffer_tokens=120)
         train_sae(source.at(SITES[0]), TRAIN, out, on_progress=told)
+    elif together:
+        from saetools.activations import store
+
+        rank, write = torch.distributed.get_rank(), store._write_shard
+        store._write_shard = lambda *args: print(f"rank{rank} {args[-1]}", flush=True) or write(*args)
+        harvest(lm, SITES, conversations, out, config=HarvestConfig(**json.loads(settings)))
+        torch.distributed.destroy_process_group()
     else:
         harvest(lm, SITES, conversations, out, config=HarvestConfig(**json.loads(settings)), on_progress=report)

@@ -9,15 +9,19 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from planted import D_MODEL, Planted
 from safetensors.torch import load_file
 
-from saetools.errors import InputError, IntegrityError, NonFiniteError
+from saetools.activations import HarvestConfig, StoredActivations, harvest
+from saetools.data import Conversation, load_voices, tokenize
+from saetools.errors import InputError, IntegrityError, NonFiniteError, ResourceError
+from saetools.models import LanguageModel, Site
 from saetools.sae import (
     BatchTopKLoss,
     GatedLoss,
@@ -28,9 +32,11 @@ from saetools.sae import (
     StandardLoss,
     TopKLoss,
     TrainConfig,
+    TrainRun,
     load_sae,
     objective,
     train_sae,
+    train_saes,
     trainer,
 )
 from saetools.sae.loss import topk_step
@@ -280,19 +286,111 @@ def test_a_damaged_checkpoint(tmp_path: Path):
             train_sae(Planted(), QUICK, tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_leaves_the_last_checkpoint(finished: Path, tmp_path: Path, small_files: Callable[[int], Any]):
     interrupt(tmp_path, 8)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
-
-    def half(tensors: Any, file: Path, metadata: Any) -> None:
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("safetensors.torch.save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with (
+        small_files(10_000),
+        pytest.raises(ResourceError, match=r"no disk space for a checkpoint in .*; the last one stands. Free some"),
+    ):
         train_sae(Planted(), QUICK, tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*.tmp"))
+    train_sae(Planted(), QUICK, tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+def test_too_little_memory(tmp_path: Path):
+    with pytest.raises(ResourceError, match=r"not enough memory for training; the last checkpoint stands. Lower"):
+        train_sae(Planted(), dataclasses.replace(QUICK, d_sae=2**44), tmp_path)
+
+
+def test_a_shard_that_vanishes(smollm: LanguageModel, tmp_path: Path):
+    texts = list(tokenize([Conversation(text=pair.neutral) for pair in load_voices()[:40]], smollm.tokenizer))
+    store = harvest(smollm, [Site(1)], texts, tmp_path / "store", config=HarvestConfig(shard_tokens=200))
+    config = dataclasses.replace(QUICK, n_tokens=4 * len(store), checkpoint_every=2)
+    source = StoredActivations(store, pool_shards=2).at(Site(1))
+    shard = tmp_path / "store" / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+
+    def lose(progress: Progress) -> None:
+        if progress.step == 2 * (len(store) // 64) - 5:  # near the end of the second epoch
+            shard.unlink()
+
+    with pytest.raises(IntegrityError, match=r"cannot read .*shard-00001.safetensors .*; harvest again"):
+        train_sae(source, config, tmp_path / "sae", on_progress=lose)
+    assert (tmp_path / "sae" / "checkpoint.safetensors").is_file()
+    shard.write_bytes(whole)
+    assert train_sae(source, config, tmp_path / "sae").d_sae == 48
+
+
+# Several SAEs in one pass
+
+
+class TwoSites:
+    """Planted activations at one site, other ones at another."""
+
+    sources: ClassVar = {Site(0): Planted(), Site(1): Planted(n_active=2)}
+
+    def n_batches(self, batch_size: int) -> int:
+        return Planted().n_batches(batch_size)
+
+    def epoch_batches(self, batch_size: int, **place: Any) -> Iterator[dict[Site, torch.Tensor]]:
+        batches = [source.epoch_batches(batch_size, **place) for source in self.sources.values()]
+        for one, other in zip(*batches, strict=True):
+            yield {Site(0): one, Site(1): other}
+
+    def sample(self, n_tokens: int, *, seed: int) -> dict[Site, torch.Tensor]:
+        return {site: source.sample(n_tokens, seed=seed) for site, source in self.sources.items()}
+
+
+def several(folder: Path) -> list[TrainRun]:
+    """Other widths, kinds, seeds and sites."""
+    configs = [
+        (QUICK, Site(0)),
+        (dataclasses.replace(QUICK, d_sae=96, seed=5), Site(0)),
+        (dataclasses.replace(QUICK, loss=BatchTopKLoss(k=4), checkpoint_every=11), Site(1)),
+    ]
+    return [TrainRun(config, folder / str(index), site) for index, (config, site) in enumerate(configs)]
+
+
+def test_each_of_several_ends_in_the_bytes_of_one_alone(tmp_path: Path):
+    together, alone = several(tmp_path / "together"), several(tmp_path / "alone")
+    seen: list[int] = []
+    saes = train_saes(TwoSites(), together, on_progress=lambda index, progress: seen.append(index))
+    assert sorted(seen) == [0] * 40 + [1] * 40 + [2] * 40
+    assert [sae.d_sae for sae in saes] == [48, 96, 48]
+    for run, other in zip(together, alone, strict=True):
+        train_sae(TwoSites.sources[run.site], run.config, other.out)
+        assert (Path(run.out) / WEIGHTS).read_bytes() == (Path(other.out) / WEIGHTS).read_bytes()
+
+
+def test_several_go_on_from_their_own_checkpoints(tmp_path: Path):
+    def stop(index: int, progress: Progress) -> None:
+        if progress.step == 24 and index == 1:
+            raise KeyboardInterrupt
+
+    runs = several(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        train_saes(TwoSites(), runs, on_progress=stop)
+    train_saes(TwoSites(), runs)
+    train_saes(TwoSites(), several(tmp_path / "whole"))
+    for run in runs:
+        name = Path(run.out).name
+        assert (tmp_path / "parts" / name / WEIGHTS).read_bytes() == (tmp_path / "whole" / name / WEIGHTS).read_bytes()
+        assert [line["step"] for line in log_of(Path(run.out))] == list(range(1, 41))
+
+
+def test_several_that_do_not_go_together(tmp_path: Path):
+    one, *_ = several(tmp_path)
+    for name, value in (("batch_size", 32), ("n_tokens", 640), ("data_seed", 1)):
+        other = dataclasses.replace(one, out=tmp_path / "x", config=dataclasses.replace(QUICK, **{name: value}))
+        with pytest.raises(InputError, match=f"runs: expected equal {name}, .* received .*, {value}"):
+            train_saes(TwoSites(), [one, other])
+    with pytest.raises(InputError, match="runs: expected a folder for each"):
+        train_saes(TwoSites(), [one, one])
+    with pytest.raises(InputError, match="runs: expected at least one"):
+        train_saes(TwoSites(), [])
 
 
 # What cannot be trained

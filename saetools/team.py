@@ -1,12 +1,13 @@
-"""Processes that train one SAE together (as `torchrun` starts them): what each holds, and what they tell each other.
+"""Processes that work together (as `torchrun` starts them): what each holds, and what they tell each other.
 
-Either the tokens of every batch are divided and all hold all weights, or the latents are divided and all see all
-tokens. A process alone is a team of one, for which nothing here costs anything.
+In training, either the tokens of every batch are divided and all hold all weights, or the latents are divided and all
+see all tokens. A process alone is a team of one, for which nothing here costs anything.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -30,11 +31,18 @@ class Team:
     shard_latents: bool = False
 
     @classmethod
-    def present(cls, *, shard_latents: bool) -> Team:
+    def present(cls, *, shard_latents: bool = False) -> Team:
         """The process group that was started, or this process alone."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls()
         return cls(distributed.get_rank(), distributed.get_world_size(), shard_latents)
+
+    def gather(self, own: Any) -> list[Any]:
+        """A small object of every process."""
+        parts: list[Any] = [own] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(parts, own)
+        return parts
 
     def own_tokens(self, batch: Shaped[Tensor, "token ..."]) -> Shaped[Tensor, "own ..."]:
         """This process' part of a batch."""
