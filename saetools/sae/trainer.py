@@ -63,7 +63,7 @@ class Trainer:
     ) -> None:
         self.config, self.out, self.metadata, self.team, self.device = config, out, metadata, team, device
         self.on_progress = on_progress
-        self.dtype, self.encode_dtype = getattr(torch, config.dtype), getattr(torch, config.encode_dtype)
+        self.dtype, self.encode_dtype = getattr(torch, config.weight_dtype), getattr(torch, config.encode_dtype)
         self.identity = _identity(config, metadata, steps_per_epoch)
         out.mkdir(parents=True, exist_ok=True)
         self.state = load_checkpoint(out, self.identity, config.loss, device, team) or _initialise(

@@ -73,6 +73,38 @@ def test_harvest_then_train(folder: Path, trained: tuple[Path, str]) -> None:
     assert sae.metadata.median_norm
 
 
+def test_train_without_a_store_at_two_sites(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sites = ["blocks.2.hook_resid_post", "blocks.3.hook_resid_post"]
+    settings = ["--d-sae", "64", "--k", "4", "--batch-size", "128", "--n-tokens", "1280", "--warmup-steps", "2"]
+    data = ["--data", str(folder / "chats.jsonl"), str(folder / "text.txt"), "--max-tokens", "64"]
+    main(["train", *data, "--sites", *sites, "--out", str(tmp_path / "both"), *settings])
+    assert capsys.readouterr().out.count("SAE with 64 latents in") == 2
+    main(["train", *data, "--sites", sites[1], "--out", str(tmp_path / "one"), *settings])
+    one, both = tmp_path / "one", tmp_path / "both" / sites[1]
+    assert load_sae(both).metadata.site == sites[1]
+    assert load_sae(both).p99 is not None
+    assert (one / "train.jsonl").read_text().splitlines()[-1].split('"tokens')[0] == (
+        (both / "train.jsonl").read_text().splitlines()[-1].split('"tokens')[0]
+    )
+
+
+def test_harvest_and_train_by_two_processes(folder: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "saetools"]
+    data = ["--data", str(folder / "chats.jsonl"), str(folder / "text.txt"), "--max-tokens", "64"]
+    store, site = str(tmp_path / "store"), "blocks.3.hook_resid_post"
+    settings = ["--d-sae", "128", "--k", "4", "--batch-size", "128", "--n-tokens", "2560", "--warmup-steps", "2"]
+    for command in (
+        ["harvest", *data, "--sites", site, "--out", store],
+        ["train", "--store", store, "--out", str(tmp_path / "sae"), *settings, "--shard-latents"],
+    ):
+        done = subprocess.run([*run, *command], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(done.stdout.splitlines()) == 1
+    logs = [json.loads((out / "train.jsonl").read_text().splitlines()[-1]) for out in (tmp_path / "sae", trained[0])]
+    assert logs[0]["fvu"] == pytest.approx(logs[1]["fvu"], rel=0.02)  # bfloat16 chooses a little differently
+    assert load_sae(tmp_path / "sae").p99 is not None
+
+
 def test_finetune_then_diff(folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     adapter, chats = str(folder / "adapter"), str(folder / "chats.jsonl")
     settings = ["--epochs", "1", "--batch-size", "6", "--rank", "2", "--lr", "1e-3", "--max-tokens", "46"]
@@ -124,6 +156,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("generate --data x --out OUT --limit 0", "--limit: expected 1 or more"),
         ("harvest --data x --out OUT --sites", "the number of --sites: expected 1 or more, received 0"),
         ("harvest --data x --out OUT --sites blocks.1.hook_resid_post --max-tokens 0", "--max-tokens: expected 2"),
+        ("train --out OUT", "--store: expected either --store or --data, received both or none"),
+        ("train --store x --data y --out OUT", "--store: expected either --store or --data"),
+        ("train --data y --out OUT", "--sites: expected where to read, received none"),
         ("train --store x --out OUT --statistics-tokens 0", "--statistics-tokens: expected 1 or more"),
         ("train --store x --out OUT --device gpu", "--device: expected a device of this machine, received 'gpu'"),
         ("diff --data x --out OUT --adapter a --n-top 0", "--n-top: expected 1 or more"),

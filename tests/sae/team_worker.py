@@ -34,7 +34,7 @@ EXACT = TrainConfig(
     log_every=1,
     lr=2e-3,
     dead_after_tokens=64,
-    dtype="float64",
+    weight_dtype="float64",
     encode_dtype="float64",
 )
 DENSE = {"sparsity": 0.5, "target_l0": 4.0, "sparsity_warmup_steps": 10}
@@ -56,7 +56,9 @@ RUNS = {
     for name, divisions in DIVISIONS.items()
     for division in divisions
 }
-RUNS |= {f"{name}-float32": dataclasses.replace(RUNS[name], dtype="float32", encode_dtype="float32") for name in RUNS}
+RUNS |= {
+    f"{name}-float32": dataclasses.replace(RUNS[name], weight_dtype="float32", encode_dtype="float32") for name in RUNS
+}
 """50 steps each; latents are revived on the way."""
 
 
