@@ -13,7 +13,7 @@ def work(turns: Turns) -> None:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    torch.manual_seed(0)
+    torch.manual_seed(task.seed)
     # Sparse activations do not work on CPUs together with `rescale_acts_by_decoder_norm`. Decoder rows start at length
     # 1 and b_dec at the mean, as elsewhere; its defaults are 0.1 and 0.
     sparse = turns.settings.get("sparse", False)

@@ -39,6 +39,7 @@ def work(turns: Turns) -> None:
         lr=task.lr,
         warmup_steps=0,
         decay_fraction=0.0,
+        seed=task.seed,
         encode_dtype={"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[task.precision],
     )
     log = []

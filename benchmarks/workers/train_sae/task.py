@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-N_BATCHES = 4  # gone through again and again; one more is held out
+N_BATCHES = 4  # by default gone through again and again; one more is held out
 
 
 class Task:
@@ -25,8 +25,9 @@ class Task:
         self.lr, self.n_steps, self.precision = settings["lr"], settings["n_items"], settings["precision"]
         self.bf16 = self.precision == "bf16"
         acts = torch.from_numpy(np.load(settings["activations"], mmap_mode="c"))
-        self.d_model = acts.shape[1]
-        self.train, self.held_out = acts[: N_BATCHES * self.batch], acts[N_BATCHES * self.batch :][: self.batch]
+        self.d_model, self.seed = acts.shape[1], settings.get("seed", 0)
+        n_train = settings.get("n_batches", N_BATCHES) * self.batch
+        self.train, self.held_out = acts[:n_train], acts[n_train:][: self.batch]
 
     def batches(self) -> Iterator[Tensor]:
         """One batch a step."""

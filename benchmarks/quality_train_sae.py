@@ -1,0 +1,107 @@
+"""What the fast step costs in quality: FVU on held-out activations after equal training, saetools beside SAELens.
+
+    python benchmarks/quality_train_sae.py --json quality.json --activations activations.npy
+
+Same data in the same order, same hyper-parameters, several seeds of the initial weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import results
+from activations import harvested
+from interleave import Contestant, Record, interleave
+from machine import describe_machine
+
+ROUNDS = 5  # the harness measures time, too; figures of quality do not depend on it
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    arguments = _arguments()
+    path = arguments.activations or harvested((arguments.steps + 1) * arguments.batch)
+    n_batches = min(arguments.steps, len(np.load(path, mmap_mode="r")) // arguments.batch - 1)
+    task = {
+        "activations": str(path.resolve()),
+        "d_sae": arguments.d_sae,
+        "k": 32,
+        "batch": arguments.batch,
+        "lr": arguments.lr,
+        "n_batches": n_batches,
+    }
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        ("saetools, fp32", "saetools", {"precision": "fp32"}),
+        ("saetools, bf16 encoder", "saetools", {"precision": "bf16"}),
+        ("saetools, int8 encoder", "saetools", {"precision": "int8"}),
+        ("SAELens, fp32", "sae_lens", {"precision": "fp32"}),
+        ("SAELens, fp32, sparse activations", "sae_lens", {"precision": "fp32", "sparse": True}),
+    ]
+    records: dict[str, list[Record]] = {name: [] for name, *_ in kinds}
+    for name, library, settings in kinds:
+        for seed in SEEDS[: arguments.seeds]:
+            contestant = Contestant(
+                f"{name}, seed {seed}",
+                library,
+                f"train_sae.{library}",
+                Path(sys.executable),
+                {**task, **settings, "seed": seed},
+                arguments.batch,
+            )
+            per_turn = arguments.steps // (ROUNDS + 1)
+            records[name] += interleave([contestant], rounds=ROUNDS, items_per_turn=per_turn, threads=arguments.threads)
+    fvu = {name: [record.facts["fvu"] for record in each if record.error is None] for name, each in records.items()}
+    peer = min(statistics.mean(values) for name, values in fvu.items() if name.startswith("SAELens") and values)
+    result = {
+        "command": shlex.join(["python", "benchmarks/quality_train_sae.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "task": {
+            **task,
+            "activations": path.name,
+            "steps": arguments.steps,
+            "tokens": arguments.steps * arguments.batch,
+        },
+        "machine": describe_machine(),
+        "fvu": fvu,
+        "ratios": {
+            name: round(peer / statistics.mean(values), 4)
+            for name, values in fvu.items()
+            if name.startswith("saetools") and values
+        },
+        "runs": {record.contestant.name: record.seconds for each in records.values() for record in each},
+        "n_dead": {record.contestant.name: record.facts.get("n_dead") for each in records.values() for record in each},
+    }
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, values in fvu.items():
+        spread = f", sd {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        mean = statistics.mean(values)
+        print(f"{name}: FVU {mean:.4f}{spread}, {mean / peer - 1:+.2%} of SAELens' best")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go")
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps, a small SAE; under a minute")
+    parser.add_argument("--activations", type=Path, metavar="FILE", help=".npy of float32 [token, d_model]")
+    parser.add_argument("--steps", type=results.count, default=150)
+    parser.add_argument("--batch", type=results.count, default=4096)
+    parser.add_argument("--d-sae", type=results.count, default=8192)
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--seeds", type=int, choices=(1, 2, 3), default=3)
+    parser.add_argument("--threads", type=results.count, default=2)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.batch, arguments.d_sae, arguments.seeds = 12, 512, 1024, 1
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
