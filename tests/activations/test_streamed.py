@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_harvest import SITES, TRAIN
+from tiny_harvest import SITES, TRAIN, source_of
 
 from saetools.activations import StoredActivations, StreamedActivations, harvest
 from saetools.data import TokenizedConversation
 from saetools.errors import InputError
-from saetools.models import LanguageModel, Site
+from saetools.models import LanguageModel, Site, load_model
 from saetools.sae import TopKLoss, TrainRun, train_sae, train_saes
 
 WEIGHTS = "sae_weights.safetensors"
@@ -124,14 +124,15 @@ def test_what_cannot_be_streamed(tiny_lm: LanguageModel, tokenized: list[Tokeniz
 # Training
 
 
-def test_a_run_on_a_model_that_is_killed_ends_in_the_same_bytes(
-    tiny_lm: LanguageModel, tokenized: list[TokenizedConversation], tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize("kind", ["stream", "store"])
+def test_a_killed_run_ends_in_the_same_bytes(
+    tiny_lm: LanguageModel, tokenized: list[TokenizedConversation], tokenizer: Any, tmp_path: Path, kind: str
 ):
     tiny_lm.model.save_pretrained(tmp_path / "model")
     command = [sys.executable, str(Path(__file__).with_name("tiny_harvest.py")), str(tmp_path / "killed")]
-    command += [tokenizer.name_or_path, str(tmp_path / "model"), "train"]
+    command += [tokenizer.name_or_path, str(tmp_path / "model"), kind]
     steps = []
-    for _ in range(2):
+    for _ in range(3):
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -144,9 +145,9 @@ def test_a_run_on_a_model_that_is_killed_ends_in_the_same_bytes(
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        lm = dataclasses.replace(tiny_lm)
-        source = StreamedActivations(lm, SITES, tokenized, buffer_tokens=120)
+        lm = load_model(str(tmp_path / "model"), tokenizer=tokenizer)
         for folder in ("killed", "whole"):
+            source = source_of(kind, lm, tokenized, str(tmp_path / folder))
             train_sae(source.at(SITES[0]), TRAIN, tmp_path / folder)
     finally:
         torch.set_num_threads(threads)

@@ -1,8 +1,8 @@
-"""Conversations for tests, and a process that harvests them, to be killed.
+"""Conversations for tests, and a process that harvests them or trains on them, to be killed.
 
 `python tiny_harvest.py OUT TOKENIZER MODEL SETTINGS` prints a line after every shard and then waits for a line. With
-`train` as settings it trains an SAE straight from the model, and does so after every step. With `together` as a fifth
-argument it is one of several processes, waits for nobody, and says which shards it writes.
+`stream` or `store` as settings it trains an SAE straight from the model, or on a store, and does so after every step.
+With `together` as a fifth argument it is one of several processes, waits for nobody, and says which shards it writes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import sys
 
 import torch
 
-from saetools.data import Conversation, tokenize
-from saetools.models import Site
+from saetools.activations import Activations, HarvestConfig, StoredActivations, StreamedActivations, harvest
+from saetools.data import Conversation, TokenizedConversation, tokenize
+from saetools.models import LanguageModel, Site
 from saetools.sae import Progress, TopKLoss, TrainConfig
 
 WORDS = "the car that I saw there was thin and then the other one broke down on the thruway".split()  # noqa: SIM905
@@ -30,10 +31,19 @@ TRAIN = TrainConfig(
 """40 steps, over more than one epoch."""
 
 
+def source_of(
+    kind: str, lm: LanguageModel, conversations: list[TokenizedConversation], out: str
+) -> Activations[tuple[int, ...]]:
+    """Activations straight from a model, or from a store beside the folder of a run; in several pools."""
+    if kind == "stream":
+        return StreamedActivations(lm, SITES, conversations, buffer_tokens=120)
+    store = harvest(lm, SITES, conversations, f"{out}-store", config=HarvestConfig(shard_tokens=40))
+    return StoredActivations(store, pool_shards=3)
+
+
 if __name__ == "__main__":
     from transformers import AutoTokenizer
 
-    from saetools.activations import HarvestConfig, StreamedActivations, harvest
     from saetools.models import load_model
     from saetools.sae import train_sae
 
@@ -48,13 +58,12 @@ if __name__ == "__main__":
 
     lm = load_model(model, tokenizer=AutoTokenizer.from_pretrained(tokenizer))
     conversations = list(tokenize(CONVERSATIONS, lm.tokenizer))
-    if settings == "train":
+    if settings in ("stream", "store"):
 
         def told(progress: Progress) -> None:
             report(progress.step, progress.n_steps)
 
-        source = StreamedActivations(lm, SITES, conversations, buffer_tokens=120)
-        train_sae(source.at(SITES[0]), TRAIN, out, on_progress=told)
+        train_sae(source_of(settings, lm, conversations, out).at(SITES[0]), TRAIN, out, on_progress=told)
     elif together:
         from saetools.activations import store
 
