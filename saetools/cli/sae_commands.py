@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from saetools.evaluate import Fidelity
     from saetools.sae import SAE
+    from saetools.stats import Estimate
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
 _FIGURES = {
@@ -37,8 +38,8 @@ _FIGURES = {
     "KL with SAE": "kl",
     "KL recovered, zeros": "kl_recovered",
     "KL recovered, mean": "kl_recovered_mean",
-    "conversations": "n_conversations",
-    "tokens": "n_tokens",
+    "n": "n_conversations",
+    "n tokens": "n_tokens",
 }
 
 
@@ -237,36 +238,39 @@ def _spread(values: torch.Tensor) -> str:
 
 def _figures(fidelity: Fidelity) -> Table:
     """Figures down, roles across."""
-    from rich.table import Table
-
-    from saetools.stats import Estimate
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
 
     roles = sorted(fidelity.by_role, key=lambda role: role != "all")
-    table = Table("", *roles)
+    columns = (Column(role.replace("_", " "), justify="right", overflow="fold") for role in roles)
+    table = Table(Column(min_width=11, overflow="fold"), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for label, name in _FIGURES.items():
-        cells = []
-        for role in roles:
-            value = getattr(fidelity.by_role[role], name)
-            match value:
-                case Estimate():
-                    cells.append(f"{value.mean:.3f}\n[{value.low:.3f}, {value.high:.3f}]")
-                case int():
-                    cells.append(f"{value:,}")
-                case _:
-                    cells.append(f"{value:.2%}")
-        table.add_row(label, *cells)
+        table.add_row(label, *(_cell(name, getattr(fidelity.by_role[role], name)) for role in roles))
     return table
+
+
+def _cell(name: str, value: Estimate | float | int) -> str:
+    match value:
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.2%}"
+        case _:
+            digits = 1 if name == "l0" else 3
+            return f"{value.mean:.{digits}f}\n[{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
 def _frequencies(fidelity: Fidelity, d_sae: int) -> Table:
     """On what share of tokens latents fire."""
-    from rich.table import Table
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
 
     from saetools.evaluate import FREQUENCY_EDGES
 
     counts = fidelity.all.histogram
-    table = Table("share of tokens", "latents", "")
-    table.add_row("never", f"{d_sae - sum(counts):,}")
-    for low, high, count in zip(FREQUENCY_EDGES[:-1], FREQUENCY_EDGES[1:], counts, strict=True):
-        table.add_row(f"10^{low:g} to 10^{high:g}", f"{count:,}", "#" * round(40 * count / max(*counts, 1)))
+    table = Table("share of tokens", Column("latents", justify="right"), "", box=SIMPLE_HEAD)
+    table.add_row("0", f"{d_sae - sum(counts):,}")
+    for edge, count in zip(FREQUENCY_EDGES[1:], counts, strict=True):
+        if count:
+            table.add_row(f"up to 10^{edge:g}", f"{count:,}", "#" * round(40 * count / max(counts)))
     return table

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -80,6 +81,7 @@ def verify_sae(
     *,
     site: Site | None = None,
     max_tokens: int = 128,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
     """Measure an SAE on real activations and name the likely fault if they do not fit.
 
@@ -93,6 +95,7 @@ def verify_sae(
         conversations: some texts or chats; a few thousand tokens are enough.
         site: where to read; by default what the SAE's metadata says.
         max_tokens: longer ones are cut.
+        on_progress: called with attempts done and in all.
 
     Raises:
         InputError: for a transcoder, an SAE of another width, or if no site is known.
@@ -108,27 +111,33 @@ def verify_sae(
     acts = _Activations(lm, conversations, max_tokens)
     here = acts.at(site)
     given = _fvu(sae, here)
-    found: list[Suspect] = []
-
-    def consider(fault: str, remedy: str, fvu: float) -> None:
-        if fvu < _CLEARLY * given:
-            found.append(Suspect(fault, remedy, fvu))
-
-    for other in _neighbours(site, lm.n_layers):
-        fvu = acts.fvu_at(other, sae)
-        if fvu is not None:
-            consider(f"trained at another site than {site}", f"read it at {other}", fvu)
-    for fault, remedy, undone in _undoings(sae, here):
-        consider(fault, remedy, undone())
-    with_first = _fvu(sae, acts.at(site, skip_first=False))
-    consider("trained with first positions", "count first positions in: skip_first=False", with_first)
-    for name in (None, *lm.adapters):
-        if name != lm.adapter:
-            view = lm.base if name is None else lm.with_adapter(name)
-            label = "without an adapter" if name is None else f"with the adapter {name!r}"
-            fvu = _fvu(sae, _Activations(view, conversations, max_tokens).at(site))
-            consider("trained on another view of the model", f"read the model {label}", fvu)
+    attempts = [
+        *_elsewhere(sae, site, acts, lm.n_layers),
+        *_undoings(sae, here),
+        _Attempt(
+            "trained with first positions",
+            "count first positions in: skip_first=False",
+            lambda: _fvu(sae, acts.at(site, skip_first=False)),
+        ),
+        *_other_views(sae, site, lm, conversations, max_tokens),
+    ]
+    found = []
+    for done, attempt in enumerate(attempts, start=1):
+        fvu = attempt.fvu()
+        if fvu is not None and fvu < _CLEARLY * given:
+            found.append(Suspect(attempt.fault, attempt.remedy, fvu))
+        if on_progress is not None:
+            on_progress(done, len(attempts))
     return Verdict(fidelity, tuple(sorted(found, key=lambda suspect: suspect.fvu)))
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A fault, what mends it, and the FVU without it; `None` where that cannot be."""
+
+    fault: str
+    remedy: str
+    fvu: Callable[[], float | None]
 
 
 class _Activations:
@@ -157,47 +166,58 @@ class _Activations:
             return None
 
 
-def _neighbours(site: Site, n_layers: int) -> Iterator[Site]:
+def _elsewhere(sae: SAE, site: Site, acts: _Activations, n_layers: int) -> Iterator[_Attempt]:
     """Other streams of the layer, and the same stream of layers nearby."""
-    for stream in STREAMS:
-        if stream != site.stream:
-            yield Site(site.layer, stream)
-    for layer in range(max(0, site.layer - _REACH), min(n_layers, site.layer + _REACH + 1)):
-        if layer != site.layer:
-            yield Site(layer, site.stream)
+    layers = range(max(0, site.layer - _REACH), min(n_layers, site.layer + _REACH + 1))
+    for other in (*(Site(site.layer, stream) for stream in STREAMS), *(Site(layer, site.stream) for layer in layers)):
+        if other != site:
+            fvu = partial(acts.fvu_at, other, sae)
+            yield _Attempt(f"trained at another site than {site}", f"read it at {other}", fvu)
 
 
-def _undoings(sae: SAE, x: Float[Tensor, "token d_in"]) -> Iterator[tuple[str, str, Callable[[], float]]]:
-    """Faults of an SAE's files: what they are, what mends them, and the FVU without them."""
+def _other_views(
+    sae: SAE, site: Site, lm: LanguageModel, conversations: Sequence[Conversation], max_tokens: int
+) -> Iterator[_Attempt]:
+    """The same weights with another adapter, or without."""
+    for name in (None, *lm.adapters):
+        if name != lm.adapter:
+            view = lm.base if name is None else lm.with_adapter(name)
+            label = "without an adapter" if name is None else f"with the adapter {name!r}"
+            fvu = partial(_Activations(view, conversations, max_tokens).fvu_at, site, sae)
+            yield _Attempt("trained on another view of the model", f"read the model {label}", fvu)
+
+
+def _undoings(sae: SAE, x: Float[Tensor, "token d_in"]) -> Iterator[_Attempt]:
+    """Faults of an SAE's files."""
     centred = "not " if sae.apply_b_dec_to_input else ""
     toggled = copy.copy(sae)
     toggled.apply_b_dec_to_input = not sae.apply_b_dec_to_input
-    yield (
+    yield _Attempt(
         "b_dec subtracted from the input, or not",
         f"load it with apply_b_dec_to_input={toggled.apply_b_dec_to_input}: b_dec is {centred}subtracted",
         lambda: _fvu(toggled, x),
     )
     scale = math.sqrt(sae.d_in) / float(torch.linalg.vector_norm(x, dim=1).mean())
-    yield (
+    yield _Attempt(
         "a scale of activations that is not folded into the weights",
         f"multiply activations by {scale:.4g}, or fold that into the weights",
         lambda: _fvu(sae, x * scale),
     )
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(1e-8)
     by_norm = {"encoder": sae.encoder * norms[:, None], "b_enc": sae.b_enc * norms, "W_dec": sae.W_dec / norms[:, None]}
-    yield (
+    yield _Attempt(
         "decoder norms left out of the choice of latents",
         "multiply encoder and b_enc by the decoder norms and divide the decoder by them",
         lambda: _fvu(_with(sae, **by_norm), x),
     )
     longer = {"W_dec": sae.W_dec / norms[:, None]}
-    yield (
+    yield _Attempt(
         "a decoder that was not normalised",
         "divide decoder rows by their norms",
         lambda: _fvu(_with(sae, **longer), x),
     )
     for name, weight in (("W_dec", sae.W_dec), ("encoder", sae.encoder)):
-        yield (
+        yield _Attempt(
             f"transposed weights ({name})",
             f"transpose {name} before loading",
             lambda name=name, weight=weight: _fvu(_with(sae, **{name: _transposed(weight)}), x),  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """Fidelity of the shipped SAE beside SAELens' own `run_evals`: the same weights, sequences and positions.
 
-In float32: SAELens takes cross-entropies from logits in the model's dtype, and bfloat16 has three digits.
+In float32: SAELens takes cross-entropies from logits in the model's dtype, and bfloat16 has three digits. Not on the
+shared model: a TransformerBridge changes how its model attends.
 """
 
 import types
