@@ -16,6 +16,7 @@ Weight = Float[Tensor, "d_in d_sae"]
 Bias = Float[Tensor, " d_sae"]
 Values = Float[Tensor, "token slot"]  # 0 or more; 0 in unused slots
 Slots = Int[Tensor, "token slot"]
+_PART = 4096  # tokens whose candidates exist at the same time: few enough for the cache
 
 
 class TopK(nn.Module):
@@ -43,16 +44,23 @@ class TopK(nn.Module):
             encode_dtype: of a product that only proposes half as many latents again, of which the values in the dtype
                 of the weights then choose.
         """
-        if encode_dtype in (None, weight.dtype):
+        if encode_dtype in (None, weight.dtype) or not len(x):
             values, indices = select_top(x, weight, bias, self.k)
             return values.relu_(), indices
+        parts = [self._select_among_candidates(part, weight.T, bias, encode_dtype) for part in torch.split(x, _PART)]
+        values, indices = map(torch.cat, zip(*parts, strict=True))
+        return values, indices
+
+    def _select_among_candidates(
+        self, x: Tensor, rows: Tensor, bias: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         n = min(len(bias), self.k + -(-self.k // 2))
-        if encode_dtype == torch.int8:
-            candidates = select_candidates(x, weight.T, bias, n)
+        if dtype == torch.int8:
+            candidates = select_candidates(x, rows, bias, n)
         else:
-            _, candidates = select_top(x.to(encode_dtype), weight.to(encode_dtype), bias.to(encode_dtype), n)
+            _, candidates = select_top(x.to(dtype), rows.to(dtype).T, bias.to(dtype), n)
         pairs = LatentMajorPairs(candidates, len(bias))
-        top = pairs.scatter(pairs.dots(weight.T, x) + bias[pairs.latents]).topk(self.k, dim=1, sorted=False)
+        top = pairs.scatter(pairs.dots(rows, x) + bias[pairs.latents]).topk(self.k, dim=1, sorted=False)
         return top.values.relu_(), candidates.gather(1, top.indices)
 
 

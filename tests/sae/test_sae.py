@@ -106,6 +106,35 @@ def test_no_dense_matrix_is_built(
     assert 1024 * 8 <= largest.n_entries <= 1024 * 16 < 512 * 1024  # a chunk, or the weights
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_faster_product_proposes_latents_and_exact_values_choose(make_sae: Callable[..., SAE], dtype: torch.dtype):
+    sae = make_sae(d_in=64, d_sae=512, k=16)
+    x = torch.randn(2000, 64)
+    exact, fast = sae.encode(x), sae.encode(x, encode_dtype=dtype)
+    active, fast_active = exact.to_dense() > 0, fast.to_dense() > 0
+    assert (active & fast_active).sum() > 0.999 * active.sum()
+    torch.testing.assert_close((fast.to_dense() * active), exact.to_dense() * fast_active)
+    assert fast.indices.shape == exact.indices.shape
+    assert sae.encode(x[:0], encode_dtype=dtype).values.shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_few_latents_are_all_proposed(make_sae: Callable[..., SAE], dtype: torch.dtype):
+    sae, x = make_sae(d_sae=12, k=10), torch.randn(50, 16)
+    torch.testing.assert_close(sae.encode(x, encode_dtype=dtype).to_dense(), sae.encode(x).to_dense())
+
+
+def test_encode_dtypes_that_do_not_suit(make_sae: Callable[..., SAE]):
+    x = torch.zeros(2, 16)
+    with pytest.raises(InputError, match="encode_dtype: expected none for JumpReLU"):
+        make_sae("jumprelu").encode(x, encode_dtype=torch.int8)
+    with pytest.raises(InputError, match=r"torch\.float32 or torch\.bfloat16 or torch\.int8 for this SAE on cpu"):
+        make_sae().encode(x, encode_dtype=torch.float16)
+    with pytest.raises(InputError, match=r"expected torch\.bfloat16 for this SAE on cpu, received torch\.int8"):
+        make_sae(dtype=torch.bfloat16).encode(x, encode_dtype=torch.int8)
+    assert torch.equal(make_sae().encode(x, encode_dtype=torch.float32).indices, make_sae().encode(x).indices)
+
+
 def test_bfloat16_weights(make_sae: Callable[..., SAE]):
     sae, x = make_sae("topk", dtype=torch.bfloat16), torch.randn(30, 16)
     assert sae.encode(x).values.dtype == sae(x).dtype == torch.bfloat16
