@@ -1,4 +1,4 @@
-"""Virtual environments for libraries that do not install beside saetools, one each, all with our torch."""
+"""Virtual environments for libraries that do not install beside saetools, one each, with versions of ours."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# Distribution, and the module that has to load for an environment to be complete.
+# What is to be of our version, the peer, and the module that has to load for an environment to be complete.
 PEERS = {
-    "dictionary-learning": ("dictionary-learning==0.1.0", "dictionary_learning"),
-    "eai-sparsify": ("eai-sparsify==1.3.3", "sparsify"),
+    "dictionary-learning": (("torch",), "dictionary-learning==0.1.0", "dictionary_learning"),
+    "eai-sparsify": (("torch",), "eai-sparsify==1.3.3", "sparsify"),
+    "nnsight": (("torch", "transformers"), "nnsight==0.8.1", "nnsight"),
 }
 
 
@@ -22,8 +23,8 @@ def python_of(peer: str) -> Path:
     as it is.
     """
     folder = HERE / ".envs" / peer
-    requirement, module = PEERS[peer]
-    wanted = f"{_pinned('torch')}\n{requirement}\n"
+    ours, requirement, module = PEERS[peer]
+    wanted = "\n".join([*map(_pinned, ours), requirement, ""])
     marker, python = folder / "complete.txt", folder / "bin" / "python"
     if not marker.is_file() or marker.read_text(encoding="utf-8") != wanted:
         print(f"preparing an environment with {requirement}", file=sys.stderr)

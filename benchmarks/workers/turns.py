@@ -8,6 +8,7 @@ Between turns a worker sleeps in a read.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -16,9 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+_PROCESS = Path("/proc/self")
 
 
 def serve(work: Callable[[Turns], None]) -> None:
@@ -35,8 +38,8 @@ class Turns:
     """The line to the harness, and the stopwatch."""
 
     def __init__(self) -> None:
+        self._memory_mib: dict[str, int] = {}
         # Libraries print; standard output belongs to the harness.
-        self._memory_before = 0
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self.settings = self._hear()
@@ -53,12 +56,13 @@ class Turns:
         """
         import torch
 
-        self._memory_before = _peak_mib()
+        self._memory_mib["before"] = _forget_peak()
         self._say({"versions": {library: version(library), "torch": torch.__version__}})
         while True:
             slept = time.process_time()
             n_items = self._hear()["n_items"]
             if not n_items:
+                self._memory_mib["peak"] = _peak_mib()
                 break
             woke, start = time.process_time(), time.perf_counter()
             yield from islice(items, n_items)
@@ -73,8 +77,8 @@ class Turns:
         yield next(items)
 
     def finish(self, **results: Any) -> None:
-        """Tell results, and the most memory that the process has had until now; nothing comes after."""
-        self._say({"memory_mib": {"before": self._memory_before, "peak": _peak_mib()}, **results})
+        """Tell results, and memory before the first item and at its peak until the last; nothing comes after."""
+        self._say({"memory_mib": self._memory_mib, **results})
 
     def _say(self, message: dict[str, Any]) -> None:
         print(json.dumps(message), file=self._out, flush=True)
@@ -86,5 +90,20 @@ class Turns:
         return dict(json.loads(line))
 
 
+def _forget_peak() -> int:
+    """Memory that the process has now, in MiB, after what it freed was given back; peaks count from here.
+
+    Where the system is not Linux, they count from the start of the process.
+    """
+    if not _PROCESS.is_dir():
+        return _peak_mib()
+    ctypes.CDLL(None).malloc_trim(0)
+    (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
+    return _peak_mib()
+
+
 def _peak_mib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if not _PROCESS.is_dir():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    lines = (_PROCESS / "status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) // 1024

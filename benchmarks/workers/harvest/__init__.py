@@ -1,0 +1,1 @@
+"""Workers that read the activations of one site of a language model."""
