@@ -64,15 +64,18 @@ def compare_predictions(
         hidden[name] = states[at.to(states.device)]
     has_next = torch.nn.functional.pad(batch.mask[:, 1:], (0, 1))[at].double()
     following = batch.token_ids.roll(-1, 1)[at][:, None].to(lm.device)
-    found: dict[str, list[Tensor]] = {f"{kind}_{name}": [] for kind in ("ce", "kl") for name in hidden}
+    ce: dict[str, list[Tensor]] = {name: [] for name in hidden}
+    kl: dict[str, list[Tensor]] = {name: [] for name in edits}
     for start in range(0, len(following), _CHUNK):
         part = slice(start, start + _CHUNK)
-        clean = torch.log_softmax(logits(lm, hidden["clean"][part]).float(), -1)
+        scores = clean = torch.log_softmax(logits(lm, hidden["clean"][part]).float(), -1)
         for name, states in hidden.items():
-            scores = clean if name == "clean" else torch.log_softmax(logits(lm, states[part]).float(), -1)
-            found[f"ce_{name}"].append(-scores.gather(1, following[part].to(scores.device))[:, 0])
-            found[f"kl_{name}"].append((clean.exp() * (clean - scores)).sum(-1))
-    values = {name: torch.cat(parts).double().cpu() for name, parts in found.items()}
-    return {"predictions": has_next} | {
-        name: value * has_next if name.startswith("ce_") else value for name, value in values.items()
+            if name != "clean":
+                scores = torch.log_softmax(logits(lm, states[part]).float(), -1)
+                kl[name].append((clean.exp() * (clean - scores)).sum(-1))
+            ce[name].append(-scores.gather(1, following[part].to(scores.device))[:, 0])
+    return {
+        "predictions": has_next,
+        **{f"ce_{name}": torch.cat(parts).double().cpu() * has_next for name, parts in ce.items()},
+        **{f"kl_{name}": torch.cat(parts).double().cpu() for name, parts in kl.items()},
     }

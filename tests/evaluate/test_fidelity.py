@@ -98,10 +98,12 @@ def histogram(rates):
     return counts
 
 
-@pytest.mark.parametrize(("kind", "skip_first"), [("topk", True), ("jumprelu", True), ("topk", False)])
-def test_figures_are_those_of_a_dense_computation(lm, kind, skip_first):
+@pytest.mark.parametrize(
+    ("kind", "skip_first", "batch_tokens"), [("topk", True, 40), ("jumprelu", True, 1), ("topk", False, 2048)]
+)
+def test_figures_are_those_of_a_dense_computation(lm, kind, skip_first, batch_tokens):
     sae = make_sae(kind)
-    fidelity = measure_fidelity(lm, sae, CONVERSATIONS, site=SITE, batch_tokens=40, skip_first=skip_first)
+    fidelity = measure_fidelity(lm, sae, CONVERSATIONS, site=SITE, batch_tokens=batch_tokens, skip_first=skip_first)
     assert tuple(fidelity.by_role) == POSITIONS
     for role, figures in fidelity.by_role.items():
         expected = by_hand(lm, sae, role, skip_first=skip_first)

@@ -198,7 +198,11 @@ def test_an_empty_report_renders() -> None:
 
 
 def test_fidelity_on_several_models(report: PersonaReport) -> None:
-    both = {"base": {"fvu": 0.1, "kl": 0.2}, "tuned": {"fvu": 0.35}, "d_sae": 8192}
+    both = {"base": {"fvu": 0.1, "fvu_low": 0.08, "fvu_high": 0.12, "kl": 0.2}, "tuned": {"fvu": 0.35}, "d_sae": 8192}
     page = Page(render_html(dataclasses.replace(report, sae=both)))
     table = next(text for text in page.texts("table") if text.startswith("Fidelity"))
-    assert [header for header in ("base", "tuned", "FVU", "0.100", "0.350", "\u2013") if header not in table] == []
+    assert [
+        header
+        for header in ("base", "tuned", "FVU", "0.100", "[0.080, 0.120]", "0.350", "\u2013")
+        if header not in table
+    ] == []
