@@ -67,6 +67,7 @@ def contestants(saes: dict[str, str], task: dict[str, Any], arguments: argparse.
         one("saetools, fp32", "saetools", "fp32", 0),
         one("saetools, bf16 proposes", "saetools", "bf16", 0),
         one("saetools, int8 proposes", "saetools", "int8", 0),
+        one("SAELens, fp32, all at once, means", "sae_lens", "fp32", arguments.tokens, everything=False),
         one("SAELens, fp32, 4096 at a time, means", "sae_lens", "fp32", 4096, everything=False),
         one("SAELens, fp32, 256 at a time, means", "sae_lens", "fp32", 256, everything=False),
         one("SAELens, fp32, 256 at a time", "sae_lens", "fp32", 256),
@@ -81,8 +82,8 @@ def contestants(saes: dict[str, str], task: dict[str, Any], arguments: argparse.
         one("encoder product alone, bf16", "encode_gemm", "bf16", 512),
         one("encoder product alone, int8", "encode_gemm", "int8", 512),
     ]
-    slow_to_start = ("4096", "sparsify, f", "dictionary_learning, f", "SAELens, f", "fp32, 256 at a time, means")
-    return [one for one in field if not (arguments.quick and any(part in one.name for part in slow_to_start))]
+    quick = [one for one in field if one.settings["precision"] != "fp32" and "4096" not in one.name]
+    return quick if arguments.quick else field
 
 
 def _prepare(folder: Path, n_tokens: int, n_contexts: int) -> tuple[dict[str, str], dict[str, Any]]:

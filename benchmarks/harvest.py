@@ -79,8 +79,8 @@ def contestants(task: dict[str, Any], batch: int, arguments: argparse.Namespace)
         one("nnsight, fp32", "nnsight", "fp32", python=nnsight),
         one("nnsight, bf16", "nnsight", "bf16", python=nnsight),
     ]
-    slow_to_start = ("autocast", "to disk", "SAELens, f", "nnsight, f")
-    return [one for one in field if not (arguments.quick and any(part in one.name for part in slow_to_start))]
+    quick = [one for one in field if one.settings["precision"] == "bf16" and "to disk" not in one.name]
+    return quick if arguments.quick else field
 
 
 def _prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

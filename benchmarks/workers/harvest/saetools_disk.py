@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from workers.harvest.task import WEIGHTS, Task
+from workers.harvest.task import WEIGHTS, Task, in_memory
 from workers.turns import Turns, serve
 
 
@@ -17,6 +17,7 @@ def work(turns: Turns) -> None:
     from saetools import HarvestConfig, Site, harvest, load_model
 
     lm = load_model(task.settings["model"], dtype=WEIGHTS[task.settings["precision"]])
+    in_memory(lm.model)
     site = Site(task.layer)
     config = HarvestConfig(batch_tokens=task.tokens[0].numel(), skip_first=False)
     with tempfile.TemporaryDirectory() as folder:

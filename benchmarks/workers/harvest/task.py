@@ -79,7 +79,15 @@ def load(folder: str, precision: str) -> nn.Module:
     """The causal LM, ready to be run."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=WEIGHTS[precision]).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=WEIGHTS[precision])
+    return in_memory(model.eval().requires_grad_(False))
+
+
+def in_memory(model: nn.Module) -> nn.Module:
+    """The model, its weights read from the file that they may only be mapped from."""
+    for parameter in model.parameters():
+        parameter.sum()
+    return model
 
 
 def autocast(precision: str) -> torch.autocast:
