@@ -19,6 +19,7 @@ LAYERS = {
     "room": 0,
     "stats": 0,
     "sae.model": 0,
+    "__main__": 7,
     "sae.nonlinearity": 0,
     "sae.sparse": 0,
     "provenance": 1,

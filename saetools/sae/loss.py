@@ -31,7 +31,7 @@ class StepResult:
     """Loss of one batch, its gradients, and what the log needs.
 
     Args:
-        loss: mean over tokens and dimensions of the squared error, plus the weighted auxiliary loss.
+        loss: mean over tokens of the squared error, plus the weighted auxiliary loss.
         grads: of that loss.
         error: x - x', per token.
         indices: selected latents.
@@ -60,6 +60,9 @@ def topk_step(
 ) -> StepResult:
     """Loss and gradients of a TopK SAE on one batch.
 
+    Decoder rows have any length here. Latents are chosen by pre-activation times length of the row, which is what the
+    activation will be once rows have length 1.
+
     Args:
         x: activations, scaled as the weights expect.
         weights: current weights.
@@ -76,12 +79,13 @@ def topk_step(
     """
     grads = empty_like(weights) if grads is None else grads
     centred = x - weights.b_dec
-    values, indices, pairs = _choose(centred, weights, min(k, len(weights.b_enc)), encode_dtype)
-    values = team.keep_top(values.relu_(), k)
+    lengths = _lengths(weights.W_dec)
+    strength, indices, pairs = _choose(centred, weights, lengths, min(k, len(weights.b_enc)), encode_dtype)
+    values = team.keep_top(strength.relu_(), k).div_(lengths[indices])
     error = centred - team.over_latents(combine(weights.W_dec, indices, values))
-    n_entries = n_tokens(x, team) * x.shape[1]
-    loss = team.over_tokens(_square_sum(error)) / n_entries
-    slope = -2 / n_entries  # of the loss, by the error: d_recon = slope * error
+    n_all = n_tokens(x, team)
+    loss = team.over_tokens(_square_sum(error)) / n_all
+    slope = -2 / n_all  # of the loss, by the error: d_recon = slope * error
     _write_gradients(pairs, pairs.gather(values), centred, error, slope, weights, grads)
     grads.b_dec.copy_(slope * error.sum(0) - team.over_latents(grads.b_enc @ weights.encoder))
     if dead is not None:
@@ -97,24 +101,24 @@ def n_tokens(x: Float[Tensor, "token d_in"], team: Team) -> int:
 
 
 def _choose(
-    centred: Tensor, weights: Weights, k: int, encode_dtype: torch.dtype
+    centred: Tensor, weights: Weights, lengths: Tensor, k: int, encode_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, LatentMajorPairs]:
-    """Pre-activations and latents of the k largest of each token, and the same pairs by latent."""
-    d_sae = len(weights.b_enc)
+    """The k largest of each token, by pre-activation times length of the decoder row: these, the latents, the pairs."""
+    d_sae = len(lengths)
+    encoder, bias = weights.encoder * lengths[:, None], weights.b_enc * lengths
     if encode_dtype == torch.int8:
-        candidates = select_candidates(centred, weights.encoder, weights.b_enc, min(d_sae, k + -(-k // 4)))
-        top = _exact(LatentMajorPairs(candidates, d_sae), centred, weights).topk(k, dim=1, sorted=False)
+        candidates = select_candidates(centred, encoder, bias, min(d_sae, k + -(-k // 4)))
+        top = _exact(LatentMajorPairs(candidates, d_sae), centred, encoder, bias).topk(k, dim=1, sorted=False)
         indices = candidates.gather(1, top.indices)
         return top.values, indices, LatentMajorPairs(indices, d_sae)
-    encoder = weights.encoder.to(encode_dtype).T
-    values, indices = select_top(centred.to(encode_dtype), encoder, weights.b_enc.to(encode_dtype), k)
+    values, indices = select_top(centred.to(encode_dtype), encoder.to(encode_dtype).T, bias.to(encode_dtype), k)
     pairs = LatentMajorPairs(indices, d_sae)
-    return values if encode_dtype == centred.dtype else _exact(pairs, centred, weights), indices, pairs
+    return values if encode_dtype == centred.dtype else _exact(pairs, centred, encoder, bias), indices, pairs
 
 
-def _exact(pairs: LatentMajorPairs, centred: Tensor, weights: Weights) -> Tensor:
+def _exact(pairs: LatentMajorPairs, centred: Tensor, encoder: Tensor, bias: Tensor) -> Tensor:
     """Pre-activations of pairs in the dtype of the weights."""
-    return pairs.scatter(pairs.dots(weights.encoder, centred) + weights.b_enc[pairs.latents])
+    return pairs.scatter(pairs.dots(encoder, centred) + bias[pairs.latents])
 
 
 @torch.no_grad()
@@ -149,21 +153,22 @@ def batch_topk_step(
     grads = empty_like(weights) if grads is None else grads
     n_all = n_tokens(x, team)
     centred = x - weights.b_dec
-    active = select_batch_top(
-        centred.to(encode_dtype), weights.encoder.to(encode_dtype).T, weights.b_enc.to(encode_dtype), k * n_all
-    )
+    lengths = _lengths(weights.W_dec)
+    encoder, bias = weights.encoder * lengths[:, None], weights.b_enc * lengths
+    active = select_batch_top(centred.to(encode_dtype), encoder.to(encode_dtype).T, bias.to(encode_dtype), k * n_all)
     if team.size > 1:
         active = active[team.among_top(active.values, k * n_all).nonzero()[:, 0]]
-    slope = -2 / (n_all * x.shape[1])
+    slope = -2 / n_all
     ends = [0, *(map(team.n_own_latents, widths) if widths else [len(weights.b_enc)])]
     groups = [
-        _Group.of(active, slice(*bounds), centred, weights, exact=encode_dtype == x.dtype) for bounds in pairwise(ends)
+        _Group.of(active, slice(*bounds), centred, encoder, bias, lengths, exact=encode_dtype == x.dtype)
+        for bounds in pairwise(ends)
     ]
     errors, error = [], centred
     for group in groups:
         error = error - team.over_latents(group.active.combine(weights.W_dec[group.rows]))
         errors.append(error)
-    loss = team.over_tokens(torch.stack([_square_sum(each) for each in errors]).mean()) / (n_all * x.shape[1])
+    loss = team.over_tokens(torch.stack([_square_sum(each) for each in errors]).mean()) / n_all
     rest = torch.zeros_like(x)
     for group, each in zip(reversed(groups), reversed(errors), strict=True):
         rest += each / len(groups)  # a latent answers for its own prefix and for all longer ones
@@ -176,7 +181,8 @@ def batch_topk_step(
     for grad in vars(grads).values():
         team.over_tokens(grad)
     latents = torch.cat([group.active.latents + group.rows.start for group in groups])
-    return BatchTopKResult(loss, grads, error, latents, torch.cat([group.active.values for group in groups]))
+    strength = torch.cat([group.active.values for group in groups]) * lengths[latents]
+    return BatchTopKResult(loss, grads, error, latents, strength)
 
 
 @dataclass(frozen=True)
@@ -184,18 +190,18 @@ class BatchTopKResult:
     """Loss of one batch, its gradients, and the active pairs.
 
     Args:
-        loss: mean over tokens, dimensions and widths of the squared error, plus the weighted auxiliary loss.
+        loss: mean over tokens and widths of the squared error, plus the weighted auxiliary loss.
         grads: of that loss.
         error: x - x' with all latents, per token.
         latents: of the active pairs.
-        values: their activations, all above 0 but for rounding.
+        strength: their activations times the lengths of their decoder rows, all above 0 but for rounding.
     """
 
     loss: Float[Tensor, ""]
     grads: Weights
     error: Float[Tensor, "token d_in"]
     latents: Int[Tensor, " pair"]
-    values: Float[Tensor, " pair"]
+    strength: Float[Tensor, " pair"]
 
 
 @dataclass(frozen=True)
@@ -207,14 +213,23 @@ class _Group:
     pairs: LatentMajorPairs
 
     @classmethod
-    def of(cls, active: TokenMajorPairs, rows: slice, centred: Tensor, weights: Weights, *, exact: bool) -> _Group:
+    def of(
+        cls,
+        active: TokenMajorPairs,
+        rows: slice,
+        centred: Tensor,
+        encoder: Tensor,
+        bias: Tensor,
+        lengths: Tensor,
+        *,
+        exact: bool,
+    ) -> _Group:
         own = active[((active.latents >= rows.start) & (active.latents < rows.stop)).nonzero()[:, 0]]
         latents = own.latents - rows.start
         pairs = LatentMajorPairs(latents, rows.stop - rows.start, tokens=own.tokens, n_tokens=own.n_tokens)
-        values = own.values
-        if not exact:
-            values = pairs.scatter(pairs.dots(weights.encoder[rows], centred) + weights.b_enc[rows][pairs.latents])
-        return cls(rows, TokenMajorPairs(own.tokens, latents, values.relu(), own.n_tokens), pairs)
+        strength = own.values if exact else _exact(pairs, centred, encoder[rows], bias[rows])
+        values = strength.relu() / lengths[own.latents]
+        return cls(rows, TokenMajorPairs(own.tokens, latents, values, own.n_tokens), pairs)
 
 
 def _write_gradients(
@@ -244,9 +259,10 @@ def _add_aux(
     coefficient: float,
     team: Team,
 ) -> Tensor:
-    """Add the gradients of coefficient * ||error - dead latents' reconstruction||^2 / ||error||^2; returns the loss.
+    """Add the gradients of coefficient * d_in * ||error - dead latents' reconstruction||^2 / ||error||^2; returns it.
 
-    The error is a constant here, and so is b_dec: dead latents are to learn, nothing else.
+    With inputs of norm sqrt(d_in), the loss beside it is d_in times the share of variance unexplained. The error is a
+    constant here, and so is b_dec: dead latents are to learn, nothing else.
     """
     n_dead = int(team.over_latents(dead.sum()))
     if not n_dead:
@@ -254,12 +270,14 @@ def _add_aux(
     where = dead.nonzero()[:, 0]
     encoder, decoder = weights.encoder[where], weights.W_dec[where]
     k_own = min(k_aux, len(where))
-    values, indices = select_top(centred, encoder.T, weights.b_enc[where], k_own)
+    lengths = _lengths(decoder)
+    strength, indices = select_top(centred, (encoder * lengths[:, None]).T, weights.b_enc[where] * lengths, k_own)
     n_empty = min(k_aux, n_dead) - k_own  # slots that only other processes fill
-    values = team.keep_top(torch.nn.functional.pad(values.relu_(), (0, n_empty)), min(k_aux, n_dead))[:, :k_own]
+    strength = torch.nn.functional.pad(strength.relu_(), (0, n_empty))
+    values = team.keep_top(strength, min(k_aux, n_dead))[:, :k_own] / lengths[indices]
     rest = error - team.over_latents(combine(decoder, indices, values))
     size = team.over_tokens(_square_sum(error)).clamp_min(torch.finfo(error.dtype).tiny)
-    scale = coefficient / size
+    scale = coefficient * error.shape[1] / size
     pairs = LatentMajorPairs(indices, len(where))
     active = pairs.gather(values)
     d_active = torch.where(active > 0, pairs.dots(decoder, rest) * (-2 * scale), 0.0)
@@ -267,6 +285,11 @@ def _add_aux(
     grads.W_dec.index_add_(0, where, pairs.sum_tokens(active * (-2 * scale), rest))
     grads.b_enc.index_add_(0, where, pairs.sums(d_active))
     return scale * team.over_tokens(_square_sum(rest))
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return lengths.clamp_min_(1e-8)
 
 
 def _square_sum(x: Tensor) -> Tensor:

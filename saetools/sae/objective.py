@@ -9,8 +9,8 @@
 | `GatedLoss` | `Gated` | L1 on the gate | arXiv 2404.16014 |
 | `JumpReLULoss` | `JumpReLU` | L0 with straight-through gradients | arXiv 2407.14435 |
 
-The first three train several times faster: they never compute with inactive latents. The reconstruction loss of the
-last three is summed over dimensions, so that their coefficients compare with SAELens'.
+The first three train several times faster: they never compute with inactive latents. Squared errors are summed over
+dimensions and averaged over tokens, so that coefficients compare with SAELens'.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class TopKLoss:
-    """Mean squared error of the k largest latents of each token."""
+    """Squared error of the k largest latents of each token."""
 
     k: int = 32
     """Active latents a token."""
@@ -97,7 +97,7 @@ class TopKLoss:
     aux_coefficient: float = 1 / 32
     """Weight of that loss."""
 
-    unit_norm: ClassVar[bool] = True
+    unit_norm: ClassVar[bool] = False
     weights_type: ClassVar[type[Weights]] = Weights
     encode_dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
 
@@ -147,7 +147,7 @@ class TopKLoss:
 
 @dataclass(frozen=True)
 class BatchTopKLoss(TopKLoss):
-    """Mean squared error of the k x batch largest latents of each batch; a threshold takes their place afterwards."""
+    """Squared error of the k x batch largest latents of each batch; a threshold takes their place afterwards."""
 
     threshold_memory: float = 0.99
     """Share of the running mean of the smallest active latent of a batch that the next batch leaves."""
@@ -173,20 +173,20 @@ class BatchTopKLoss(TopKLoss):
             grads=grads,
             team=context.team,
         )
-        active = done.values > 0
+        active = done.strength > 0
         smallest = team.least(
-            torch.where(active, done.values, torch.inf).min() if len(active) else x.new_tensor(torch.inf)
+            torch.where(active, done.strength, torch.inf).min() if len(active) else x.new_tensor(torch.inf)
         )
         if bool(torch.isfinite(smallest)):
             threshold = context.buffers["threshold"]
             memory = self.threshold_memory if float(threshold) >= 0 else 0.0
             threshold.mul_(memory).add_(smallest, alpha=1 - memory)
-        strength = torch.bincount(done.latents, done.values, minlength=d_own)
+        strength = torch.bincount(done.latents, done.strength, minlength=d_own)
         return Step(done.loss, done.error, team.over_tokens(strength) > 0, team.over_both(active.sum()))
 
     def nonlinearity(self, weights: Weights, buffers: dict[str, Tensor], unit: Tensor) -> Nonlinearity:
-        """The learnt threshold, the same for all latents."""
-        return JumpReLU(buffers["threshold"].clamp_min(0) * unit)
+        """The learnt threshold, the same for all latents once their decoder rows have length 1."""
+        return JumpReLU(buffers["threshold"].clamp_min(0) * unit / torch.linalg.vector_norm(weights.W_dec, dim=1))
 
     def _widths(self, d_sae: int) -> list[int]:
         return [d_sae]

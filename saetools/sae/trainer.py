@@ -120,8 +120,9 @@ class Trainer:
         norms: Tensor = torch.linalg.vector_norm(by_model, dim=2)
         where = f"at step {state.step}; the last checkpoint in {self.out} stands"
         _check_finite(norms, where, self.team)
-        kept = by_model[(norms <= self.config.outlier_factor * state.median_norm).all(1)]
-        return kept.mul_(state.scale[:, None]).flatten(1), len(own) - len(kept)
+        usual = (norms <= self.config.outlier_factor * state.median_norm).all(1)
+        kept = by_model if bool(usual.all()) else by_model[usual]
+        return (kept * state.scale[:, None]).flatten(1), len(own) - len(kept)
 
     def _log(self, progress: Progress) -> None:
         if self.team.rank:
@@ -185,8 +186,8 @@ def _update(state: State, lr: float, config: TrainConfig, team: Team) -> None:
     rows, gradient = state.weights.W_dec, state.grads.W_dec
     if config.loss.unit_norm:
         gradient.addcmul_(rows, torch.linalg.vecdot(gradient, rows)[:, None], value=-1)
-    if config.clip_norm is not None:
-        _clip(state.grads, config.clip_norm, team)
+    if config.longest_gradient is not None:
+        _clip(state.grads, config.longest_gradient, team)
     state.optimizer.param_groups[0]["lr"] = lr
     state.optimizer.step()
     if config.loss.unit_norm:

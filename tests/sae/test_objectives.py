@@ -76,28 +76,32 @@ def test_batch_topk_equals_autograd(
 ):
     monkeypatch.setattr(sparse, "CHUNK_ELEMENTS", 96 * 11)
     weights, x = make_weights(24, 96), 2 * torch.randn(80, 24)
+    weights.W_dec.mul_(torch.linspace(0.3, 3, 96)[torch.randperm(96), None])
+    lengths = weights.W_dec.norm(dim=1)
     dead = torch.arange(96) % 4 == 1
     got = batch_topk_step(x, weights, 4, widths=widths, encode_dtype=encode_dtype, dead=dead, k_aux=3)
     leaf = {name: weight.clone().requires_grad_() for name, weight in vars(weights).items()}
     pre = (x - leaf["b_dec"]) @ leaf["encoder"].T + leaf["b_enc"]
     kept = torch.zeros(80, 96)
     if encode_dtype == torch.float32:
-        kept[pre > pre.flatten().topk(321).values[-1]] = 1
+        kept[pre * lengths > (pre * lengths).flatten().topk(321).values[-1]] = 1
         assert kept.sum() == 320
     else:  # the rounded choice, whatever it was: pairs are found again by their exact values
-        matches = (pre.detach()[..., None] - got.values[got.values > 0]).abs().min(-1).values < 1e-5
+        strength = (pre.detach() * lengths)[..., None]
+        matches = (strength - got.strength[got.strength > 0]).abs().min(-1).values < 1e-5
         kept[matches & (pre.detach() > 0)] = 1
         assert abs(int(kept.sum()) - 320) < 8
     f = pre.relu() * kept
     losses = []
     for width in widths or [96]:
         error = x - (f[:, :width] @ leaf["W_dec"][:width] + leaf["b_dec"])
-        losses.append(error.square().mean())
+        losses.append(error.square().sum() / len(x))
     error = error.detach()
     again = (x - leaf["b_dec"].detach()) @ leaf["encoder"].T + leaf["b_enc"]
-    chosen = torch.where(dead, again, -torch.inf).topk(3).indices
+    chosen = torch.where(dead, again * lengths, -torch.inf).topk(3).indices
     aux = again.relu() * torch.zeros_like(again).scatter_(1, chosen, 1.0)
-    loss = sum(losses) / len(losses) + (error - aux @ leaf["W_dec"]).square().sum() / error.square().sum() / 32
+    share = (error - aux @ leaf["W_dec"]).square().sum() / error.square().sum()
+    loss = sum(losses) / len(losses) + x.shape[1] * share / 32
     loss.backward()
     assert float(got.loss) == pytest.approx(loss.item(), rel=1e-5 if encode_dtype == torch.float32 else 1e-3)
     assert_gradients(got.grads, leaf, 1e-5 if encode_dtype == torch.float32 else 0.02)

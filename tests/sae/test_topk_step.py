@@ -22,13 +22,14 @@ def dense_step(x: Tensor, weights: Weights, indices: Tensor, dead: Tensor | None
     pre = (x - leaf["b_dec"]) @ leaf["encoder"].T + leaf["b_enc"]
     f = pre.relu() * torch.zeros_like(pre).scatter_(1, indices, 1.0)
     error = x - (f @ leaf["W_dec"] + leaf["b_dec"])
-    loss = error.square().mean()
+    loss = error.square().sum() / len(x)
     if dead is not None and dead.any():
         error = error.detach()
         pre = (x - leaf["b_dec"].detach()) @ leaf["encoder"].T + leaf["b_enc"]
-        chosen = torch.where(dead, pre, -torch.inf).topk(min(K_AUX, int(dead.sum()))).indices
+        strength = pre * leaf["W_dec"].norm(dim=1)
+        chosen = torch.where(dead, strength, -torch.inf).topk(min(K_AUX, int(dead.sum()))).indices
         f = pre.relu() * torch.zeros_like(pre).scatter_(1, chosen, 1.0)
-        loss = loss + COEFFICIENT * (error - f @ leaf["W_dec"]).square().sum() / error.square().sum()
+        loss = loss + COEFFICIENT * x.shape[1] * (error - f @ leaf["W_dec"]).square().sum() / error.square().sum()
     loss.backward()
     return loss.detach(), {name: weight.grad for name, weight in leaf.items()}
 
@@ -55,6 +56,7 @@ def test_equals_autograd(
 ):
     monkeypatch.setattr(sparse, "CHUNK_ELEMENTS", 96 * 11)
     weights, x = make_weights(24, 96, dtype=dtype), 2 * torch.randn(80, 24, dtype=dtype)
+    weights.W_dec.mul_(torch.linspace(0.3, 3, 96, dtype=dtype)[torch.randperm(96), None])
     weights.b_enc[:20] -= 3  # so that some of the chosen latents are negative, and cut off
     dead = {"none": None, "some": torch.arange(96) % 4 == 1, "one": torch.arange(96) == 7}[with_dead]
     got = topk_step(x, weights, K, encode_dtype=encode_dtype, dead=dead, k_aux=K_AUX, aux_coefficient=COEFFICIENT)
@@ -63,6 +65,24 @@ def test_equals_autograd(
     for name, expected in grads.items():
         error = (getattr(got.grads, name) - expected).norm() / expected.norm()
         assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+def test_latents_are_chosen_as_if_decoder_rows_had_length_1(make_weights: Callable[..., Weights]):
+    weights, x = make_weights(24, 96), torch.randn(80, 24)
+    plain = topk_step(x, weights, K)
+    lengths = torch.linspace(0.3, 3, 96)[torch.randperm(96)]
+    other = topk_step(
+        x,
+        Weights(
+            weights.encoder / lengths[:, None],
+            weights.W_dec * lengths[:, None],
+            weights.b_enc / lengths,
+            weights.b_dec,
+        ),
+        K,
+    )
+    assert torch.equal(other.indices.sort(1).values, plain.indices.sort(1).values)
+    torch.testing.assert_close(other.error, plain.error)
 
 
 def test_negative_top_latents_are_cut_off(make_weights: Callable[..., Weights]):
