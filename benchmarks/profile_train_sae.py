@@ -40,7 +40,7 @@ STAGES = [
     ("decoding", loss, "combine"),
     ("weight gradients", sparse.LatentMajorPairs, "sum_tokens"),
     ("Adam", torch.optim.Adam, "step"),
-    ("decoder kept on the sphere", trainer, "_update"),
+    ("clipping", trainer, "_update"),
     ("figures for the log", trainer._Window, "add"),
 ]
 REST = "the rest"
