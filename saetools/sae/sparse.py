@@ -17,6 +17,7 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 22  # entries of the dense pre-activations that exist at the same time
 _GROUP = 4  # columns that `_top_columns` first looks at together
 _INT8_MAX = 127
+_CACHED_ROWS = 512  # that `_int8` rounds at a time
 _BIAS_COLUMNS = (
     16  # of 8 bits, over which `select_candidates` spreads a bias: one alone would be too coarse and too small
 )
@@ -100,17 +101,19 @@ def select_candidates(
     bias takes part in them as further columns. A few more candidates than wanted make up for the rounding.
     """
     tiny = torch.finfo(x.dtype).tiny
-    token_unit = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).clamp_min_(tiny) / _INT8_MAX
-    # The bias in units of the quietest token; to a louder one, whose unit is larger, it is worth less.
+    row_unit = _largest(rows).clamp_min_(tiny) / _INT8_MAX
+    # A token so quiet that the bias would not fit beside it is rounded coarser: to it the bias is nearly all.
+    least = _largest(bias) / (row_unit * _INT8_MAX**2 * _BIAS_COLUMNS)
+    loudest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))
+    token_unit = torch.maximum(loudest / _INT8_MAX, least).clamp_min_(tiny)
+    # The bias in units of the quietest token; to a louder one, whose unit is larger, it is worth less. Columns round at
+    # different points, so that their sum is finer than one of them.
     quietest = token_unit.min()
-    full = quietest * _INT8_MAX * _BIAS_COLUMNS
-    row_unit = torch.maximum(_largest(rows), _largest(bias) / full).clamp_min_(tiny) / _INT8_MAX
-    share = bias / (row_unit * full)
-    # Columns round at different points, so that their sum is finer than one of them.
     offsets = (torch.arange(_BIAS_COLUMNS, device=x.device) + 0.5) / _BIAS_COLUMNS
-    shares = (share[:, None] + offsets).floor_()
-    tokens = _int8(x / token_unit, (_INT8_MAX * quietest / token_unit).expand(-1, _BIAS_COLUMNS))
-    weight = _int8(rows / row_unit, shares.clamp_(-_INT8_MAX, _INT8_MAX)).T
+    share = bias / (row_unit * quietest * _INT8_MAX * _BIAS_COLUMNS)
+    worth = quietest / token_unit * _INT8_MAX
+    tokens = _int8(x, token_unit, worth + offsets.flip(0))
+    weight = _int8(rows, row_unit.expand(len(rows), 1), share[:, None] + offsets).T
     chunks = [_top_columns(torch._int_mm(chunk, weight), n) for chunk in torch.split(tokens, chunk_tokens(len(rows)))]
     return torch.cat(chunks) if chunks else torch.zeros(0, n, dtype=torch.long, device=x.device)
 
@@ -121,10 +124,13 @@ def _largest(x: Tensor) -> Tensor:
     return torch.maximum(most, -least)
 
 
-def _int8(columns: Tensor, further_columns: Tensor) -> Tensor:
-    n = columns.shape[1]
-    out = torch.empty(len(columns), n + further_columns.shape[1], dtype=torch.int8, device=columns.device)
-    out[:, :n], out[:, n:] = columns.round_(), further_columns.round()
+def _int8(x: Tensor, units: Tensor, columns: Tensor) -> Tensor:
+    """x / units, rounded, and further columns, rounded down; some rows at a time, which stay in the cache."""
+    n = x.shape[1]
+    out = torch.empty(len(x), n + columns.shape[1], dtype=torch.int8, device=x.device)
+    for place, part, unit in zip(*(torch.split(each, _CACHED_ROWS) for each in (out, x, units)), strict=True):
+        place[:, :n] = (part / unit).round_()
+    out[:, n:] = columns.floor_().clamp_(-_INT8_MAX, _INT8_MAX)
     return out
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saetools.sae import sparse
-from saetools.sae.sparse import LatentMajorPairs, SparseLatents, combine, select_top
+from saetools.sae.sparse import LatentMajorPairs, SparseLatents, combine, select_candidates, select_top
 
 
 def random_latents(n_tokens: int = 40, n_slots: int = 5, d_sae: int = 23) -> tuple[SparseLatents, Tensor]:
@@ -82,3 +82,16 @@ def test_pairs_by_latent(dtype: torch.dtype):
     torch.testing.assert_close(pairs.sum_tokens(pairs.gather(values), x), dense.T @ x)
     torch.testing.assert_close(pairs.sums(pairs.gather(values)), dense.sum(0))
     torch.testing.assert_close(combine(rows, indices, values), dense @ rows)
+
+
+@pytest.mark.parametrize("loudness", [0.0, 1e-3, 1e-2, 1.0, 100.0])
+def test_one_token_of_another_size_does_not_spoil_the_candidates_of_others(loudness: float):
+    generator = torch.Generator().manual_seed(0)
+    x, rows = torch.randn(400, 64, generator=generator), torch.randn(512, 64, generator=generator)
+    bias = 2 * torch.randn(512, generator=generator)
+    x[0] *= loudness
+    candidates = select_candidates(x, rows, bias, 24)
+    top = (x @ rows.T + bias).topk(16, dim=1).indices
+    found = (top[:, :, None] == candidates[:, None, :]).any(2)
+    assert found[1:].float().mean() > 0.999
+    assert found[0].float().mean() > 0.9
