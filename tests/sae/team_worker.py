@@ -57,7 +57,8 @@ RUNS = {
     for division in divisions
 }
 RUNS |= {
-    f"{name}-float32": dataclasses.replace(RUNS[name], weight_dtype="float32", encode_dtype="float32") for name in RUNS
+    f"{name}-float32": dataclasses.replace(RUNS[name], weight_dtype="float32", encode_dtype="float32")
+    for name in ("topk-tokens", "topk-latents", "jumprelu-tokens")
 }
 """50 steps each; latents are revived on the way."""
 
