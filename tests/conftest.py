@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: tests fetch nothing from hubs
@@ -137,3 +142,28 @@ def small_files() -> Callable[[int], Any]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit
+
+
+@pytest.fixture
+def kill_midway() -> Callable[..., list[int]]:
+    """`kill_midway(script, *args, last=12)`: start a script that counts its pieces of work, and kill it in one.
+
+    After each piece it prints the number of those done and waits for a line. It is killed `within` so many seconds of
+    the next piece, after at most `last` of them; what it printed until then is returned.
+    """
+
+    def run(script: Path, *args: str, last: int, within: float = 0.005) -> list[int]:
+        done = []
+        command = [sys.executable, str(script), *args]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            for _ in range(random.Random().randint(1, last)):
+                done.append(int(process.stdout.readline()))
+                process.stdin.write("\n")
+                process.stdin.flush()
+            time.sleep(random.Random().uniform(0, within))  # also while files are written
+            process.kill()
+        return done
+
+    return run

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
+    from saetools.data import Conversation
     from saetools.evaluate import Fidelity
+    from saetools.models import LanguageModel, Site
     from saetools.sae import SAE
     from saetools.stats import Estimate
 
@@ -88,42 +90,8 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class Verify:
-    """Measure an SAE on a model and, if it does not fit, say what is probably wrong; then the exit code is 1."""
-
-    sae: Source
-    """Folder or file of the SAE, or a release that SAELens knows."""
-    read: DataOptions
-    model: ModelOptions = field(default_factory=ModelOptions)
-    sae_id: str | None = None
-    """Which SAE of a release or of a folder with several."""
-    site: str | None = None
-    """Where it reads, such as blocks.15.hook_resid_post; by default where its metadata says."""
-    max_tokens: int = 128
-    """Longer conversations are cut; a few thousand tokens in all are enough."""
-
-    def __post_init__(self) -> None:
-        at_least(3, "--max-tokens", self.max_tokens)
-        _options(self)
-
-    def run(self) -> None:
-        """Verify and print; exit with 1 if it does not fit."""
-        from saetools.evaluate import verify_sae
-
-        rows, lm = self.read.conversations(), self.model.load()
-        sae, site = _options(self).load(lm)
-        with progress("verify", "attempts") as update:
-            verdict = verify_sae(sae, lm, rows, site=site, max_tokens=self.max_tokens, on_progress=update)
-        here = verdict.fidelity.all
-        print(f"{site} of {lm.name}: {here.n_tokens} tokens of {here.n_conversations} conversations")
-        print(verdict)
-        if not verdict.fits:
-            raise SystemExit(1)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Measure what an SAE keeps of a model, by token role, with intervals over conversations."""
+class _OnModel:
+    """What `verify` and `evaluate` are given: an SAE, a model, and what to read."""
 
     sae: Source
     """Folder or file of the SAE, or a release that SAELens knows."""
@@ -135,14 +103,49 @@ class Evaluate:
     """Where it reads, such as blocks.15.hook_resid_post; by default where its metadata says."""
     max_tokens: int = 256
     """Longer conversations are cut."""
+
+    def __post_init__(self) -> None:
+        at_least(3, "--max-tokens", self.max_tokens)
+        self._options()
+
+    def load(self) -> tuple[list[Conversation], LanguageModel, SAE, Site]:
+        """What to read, the model, the SAE and its site."""
+        rows, lm = self.read.conversations(), self.model.load()
+        return rows, lm, *self._options().load(lm)
+
+    def _options(self) -> SAEOptions:
+        return SAEOptions(self.sae, self.site, self.sae_id)
+
+
+@dataclass(frozen=True)
+class Verify(_OnModel):
+    """Measure an SAE on a model and, if it does not fit, say what is probably wrong; then the exit code is 1."""
+
+    max_tokens: int = 128
+    """Longer conversations are cut; a few thousand tokens in all are enough."""
+
+    def run(self) -> None:
+        """Verify and print; exit with 1 if it does not fit."""
+        from saetools.evaluate import verify_sae
+
+        rows, lm, sae, site = self.load()
+        with progress("verify", "attempts") as update:
+            verdict = verify_sae(sae, lm, rows, site=site, max_tokens=self.max_tokens, on_progress=update)
+        here = verdict.fidelity.all
+        print(f"{site} of {lm.name}: {here.n_tokens} tokens of {here.n_conversations} conversations")
+        print(verdict)
+        if not verdict.fits:
+            raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class Evaluate(_OnModel):
+    """Measure what an SAE keeps of a model, by token role, with intervals over conversations."""
+
     seed: int = 0
     """Of the bootstrap."""
     out: str | None = None
     """Folder for fidelity.json and fidelity.parquet."""
-
-    def __post_init__(self) -> None:
-        at_least(3, "--max-tokens", self.max_tokens)
-        _options(self)
 
     def run(self) -> None:
         """Measure, print, save."""
@@ -152,8 +155,7 @@ class Evaluate:
 
         if self.out is not None:
             check_folder(Path(self.out))
-        rows, lm = self.read.conversations(), self.model.load()
-        sae, site = _options(self).load(lm)
+        rows, lm, sae, site = self.load()
         with progress("evaluate", "batches") as update:
             fidelity = measure_fidelity(
                 lm, sae, rows, site=site, max_tokens=self.max_tokens, seed=self.seed, on_progress=update
@@ -180,10 +182,6 @@ class Sae:
     def run(self) -> None:
         """Run the one that was asked for."""
         self.command.run()
-
-
-def _options(command: Verify | Evaluate) -> SAEOptions:
-    return SAEOptions(command.sae, command.site, command.sae_id)
 
 
 def _kind(sae: SAE) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -169,23 +167,19 @@ def test_a_site_that_was_not_harvested(store: ActivationStore):
 
 
 def test_a_killed_harvest_ends_in_the_same_bytes(
-    tiny_lm: LanguageModel, tokenized: list[TokenizedConversation], tokenizer: Any, tmp_path: Path
+    tiny_lm: LanguageModel,
+    tokenized: list[TokenizedConversation],
+    tokenizer: Any,
+    tmp_path: Path,
+    kill_midway: Callable[..., list[int]],
 ):
     tiny_lm.model.save_pretrained(tmp_path / "model")
     lm = load_model(str(tmp_path / "model"), tokenizer=tokenizer)
     whole = harvest(lm, SITES, tokenized, tmp_path / "whole", config=SMALL)
     out = tmp_path / "killed"
-    command = [sys.executable, str(Path(__file__).with_name("tiny_harvest.py")), str(out)]
-    command += [tokenizer.name_or_path, str(tmp_path / "model"), json.dumps(dataclasses.asdict(SMALL))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        for _ in range(random.Random().randint(1, len(whole.manifest["shards"]) - 2)):
-            process.stdout.readline()
-            process.stdin.write("\n")
-            process.stdin.flush()
-        time.sleep(random.Random().uniform(0, 0.02))  # somewhere in the next shard
-        process.kill()
+    args = (str(out), tokenizer.name_or_path, str(tmp_path / "model"), json.dumps(dataclasses.asdict(SMALL)))
+    script, last = Path(__file__).with_name("tiny_harvest.py"), len(whole.manifest["shards"]) - 2
+    kill_midway(script, *args, last=last, within=0.02)
     with pytest.raises(InputError, match=r"a finished harvest, received \d+ shards of an unfinished one"):
         ActivationStore(out)
     harvest(lm, SITES, tokenized, out, config=SMALL)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import random
-import subprocess
-import sys
-import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,22 +123,18 @@ def test_what_cannot_be_streamed(tiny_lm: LanguageModel, tokenized: list[Tokeniz
 
 @pytest.mark.parametrize("kind", ["stream", "store"])
 def test_a_killed_run_ends_in_the_same_bytes(
-    tiny_lm: LanguageModel, tokenized: list[TokenizedConversation], tokenizer: Any, tmp_path: Path, kind: str
+    tiny_lm: LanguageModel,
+    tokenized: list[TokenizedConversation],
+    tokenizer: Any,
+    tmp_path: Path,
+    kill_midway: Callable[..., list[int]],
+    kind: str,
 ):
     tiny_lm.model.save_pretrained(tmp_path / "model")
-    command = [sys.executable, str(Path(__file__).with_name("tiny_harvest.py")), str(tmp_path / "killed")]
-    command += [tokenizer.name_or_path, str(tmp_path / "model"), kind]
-    steps = []
+    script, steps = Path(__file__).with_name("tiny_harvest.py"), []
     for _ in range(3):
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            for _ in range(random.Random().randint(1, 12)):
-                steps.append(int(process.stdout.readline()))
-                process.stdin.write("\n")
-                process.stdin.flush()
-            time.sleep(random.Random().uniform(0, 0.005))
-            process.kill()
+        args = (str(tmp_path / "killed"), tokenizer.name_or_path, str(tmp_path / "model"), kind)
+        steps += kill_midway(script, *args, last=12)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

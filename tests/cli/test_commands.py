@@ -6,11 +6,11 @@ import json
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 import saetools.models
 from saetools.cli import main
@@ -37,15 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "prompts.jsonl").write_text('{"prompt": "Name a colour."}\n{"prompt": "Name a fruit."}\n', encoding="utf-8")
     (path / "text.txt").write_text("The tide went out and the boats lay on the sand. " * 60, encoding="utf-8")
     return path
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -130,22 +121,22 @@ def test_steer_and_generate(folder: Path, trained: tuple[Path, str], capsys: pyt
 
 
 def test_bad_input_is_one_line_and_exit_code_2(
-    folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+    folder: Path, trained: tuple[Path, str], fails: Callable[..., str]
 ) -> None:
     data, out = str(folder / "chats.jsonl"), str(folder / "unused")
-    assert "--clamp" in fails(capsys, "steer", "--prompts", "Hi")
+    assert "--clamp" in fails("steer", "--prompts", "Hi")
     assert "layer below 30" in fails(
-        capsys, "harvest", "--data", data, "--sites", "blocks.99.hook_resid_post", "--out", str(folder / "far")
+        "harvest", "--data", data, "--sites", "blocks.99.hook_resid_post", "--out", str(folder / "far")
     )
-    assert "site: expected" in fails(capsys, "harvest", "--data", data, "--sites", "nonsense", "--out", out)
-    assert "check the path" in fails(capsys, "generate", "--data", "missing.jsonl", "--out", out)
-    assert "source: expected" in fails(capsys, "generate", "--data", data, "--model", "no such model", "--out", out)
-    assert "--clamp" in fails(capsys, "steer", "--prompts", "Hi", "--clamp", "x=1")
-    assert "latents: expected" in fails(capsys, "steer", "--prompts", "Hi", "--sae", str(trained[0]), "--ablate", "999")
-    assert "adapter" in fails(capsys, "diff", "--data", data, "--out", out)
-    assert "report.json" in fails(capsys, "report", out)
+    assert "site: expected" in fails("harvest", "--data", data, "--sites", "nonsense", "--out", out)
+    assert "check the path" in fails("generate", "--data", "missing.jsonl", "--out", out)
+    assert "source: expected" in fails("generate", "--data", data, "--model", "no such model", "--out", out)
+    assert "--clamp" in fails("steer", "--prompts", "Hi", "--clamp", "x=1")
+    assert "latents: expected" in fails("steer", "--prompts", "Hi", "--sae", str(trained[0]), "--ablate", "999")
+    assert "adapter" in fails("diff", "--data", data, "--out", out)
+    assert "report.json" in fails("report", out)
     (folder / "bad.jsonl").write_text('{"prompt": "ok"}\n{oops\n', encoding="utf-8")
-    assert "bad.jsonl:2" in fails(capsys, "generate", "--data", str(folder / "bad.jsonl"), "--out", out)
+    assert "bad.jsonl:2" in fails("generate", "--data", str(folder / "bad.jsonl"), "--out", out)
     assert not Path(out).exists()
 
 
@@ -182,14 +173,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("finetune --data x --out /dev/null/x", "--out: expected a place"),
     ],
 )
-def test_options_are_checked_before_a_model_is_loaded(
-    args: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", pytest.fail)
-    line = fails(capsys, *(str(tmp_path / "made" / "out") if arg == "OUT" else arg for arg in args.split()))
-    assert message in line
-    assert line.startswith("saetools: ")
-    assert not list(tmp_path.iterdir())
+def test_options_are_checked_before_a_model_is_loaded(args: str, message: str, fails_early: Callable[..., str]) -> None:
+    assert message in fails_early(*args.split())
 
 
 def test_what_tyro_refuses_is_shown_in_its_box(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +185,7 @@ def test_what_tyro_refuses_is_shown_in_its_box(capsys: pytest.CaptureFixture[str
 
 
 def test_options_of_the_model_reach_load_model_and_hold_for_tuned_too(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = folder / "template.jinja"
     template.write_text("{{ messages }}", encoding="utf-8")
@@ -217,7 +202,7 @@ def test_options_of_the_model_reach_load_model_and_hold_for_tuned_too(
     places = ["--model", "org/base", "--tuned", "org/tuned", "--revision", "step1"]
     chats = str(folder / "chats.jsonl")
     args = ["--data", chats, "--out", str(folder / "no"), *places, *options.split(), "--trust-remote-code"]
-    fails(capsys, "diff", *args)
+    fails("diff", *args)
     same = {
         "adapter": None,
         "tokenizer": "org/tokens",

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
-import transformers
 
 from saetools.cli import main
 from saetools.data import load_voices, shipped_path
@@ -27,22 +27,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def exits(capsys: pytest.CaptureFixture[str], code: int, *args: str) -> tuple[str, str]:
-    """What a command that ends with an exit code printed, and its errors."""
-    with pytest.raises(SystemExit) as stop:
-        main(["sae", *args])
-    assert stop.value.code == code
-    printed = capsys.readouterr()
-    return printed.out, printed.err.strip()
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    _, line = exits(capsys, 2, *args)
-    assert line.startswith("saetools: ")
-    assert len(line.splitlines()) == 1
-    return line
-
-
 def shown(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, str]:
     main(["sae", "info", *args])
     lines = capsys.readouterr().out.splitlines()
@@ -59,7 +43,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["provenance.activations.model.license"] == "Apache-2.0"
 
 
-def test_info_of_one_of_several_and_of_hostile_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_of_one_of_several_and_of_hostile_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
+) -> None:
     hostile = SAEMetadata(model_name="evil\x1b[2J[bold]", provenance={"a": {"b": "\x07c"}})
     save_sae(SAE(8, 16, JumpReLU(torch.linspace(0, 1, 16)), metadata=hostile), tmp_path / "one", format="sae_lens")
     save_sae(SAE(8, 16, TopK(2)), tmp_path / "two", format="sparsify")
@@ -67,7 +53,7 @@ def test_info_of_one_of_several_and_of_hostile_words(tmp_path: Path, capsys: pyt
     facts = shown(capsys, str(tmp_path / "one"))
     assert facts["threshold"] == "0 to 1, median 0.4667, of 16"
     assert (facts["model"], facts["site"], facts["provenance.a.b"]) == ("evil[2J[bold]", "not known", "c")
-    assert "pass sae_id='one'" in fails(capsys, "info", str(tmp_path))
+    assert "pass sae_id='one'" in fails("sae", "info", str(tmp_path))
 
 
 def test_info_of_a_transcoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,15 +72,13 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) 
     assert after.metadata == before.metadata
 
 
-def test_what_a_format_does_not_have_is_an_error_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_format_does_not_have_is_an_error_and_leaves_nothing(tmp_path: Path, fails: Callable[..., str]) -> None:
     save_sae(SAE(8, 16, Gated(torch.zeros(16), torch.zeros(16))), tmp_path / "gated")
-    args = ["convert", str(tmp_path / "gated"), "--format", "sparsify", "--out", str(tmp_path / "made" / "it")]
-    assert "expected for sparsify, a TopK SAE" in fails(capsys, *args)
+    args = ["sae", "convert", str(tmp_path / "gated"), "--format", "sparsify", "--out", str(tmp_path / "made" / "it")]
+    assert "expected for sparsify, a TopK SAE" in fails(*args)
     assert not (tmp_path / "made").exists()
-    args = ["convert", SHIPPED, "--format", "sparsify", "--out", str(tmp_path / "gated")]
-    assert "expected a folder for format sparsify alone" in fails(capsys, *args)
+    args = ["sae", "convert", SHIPPED, "--format", "sparsify", "--out", str(tmp_path / "gated")]
+    assert "expected a folder for format sparsify alone" in fails(*args)
 
 
 def test_verify(data: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,11 +87,12 @@ def test_verify(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.startswith("blocks.17.hook_resid_post of smollm2-135m: ")
     assert "FVU 0.1" in printed
     assert printed.endswith(": fits\n")
-    printed, errors = exits(
-        capsys, 1, "verify", SHIPPED, "--data", data, "--limit", "3", "--site", "blocks.15.hook_resid_post"
-    )
+    with pytest.raises(SystemExit) as stop:
+        main(["sae", "verify", SHIPPED, "--data", data, "--limit", "3", "--site", "blocks.15.hook_resid_post"])
+    assert stop.value.code == 1
+    printed, errors = capsys.readouterr()
     assert "read it at blocks.17.hook_resid_post" in printed.splitlines()[2]
-    assert not errors
+    assert not errors.strip()
 
 
 def test_evaluate(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,12 +124,9 @@ def test_evaluate(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(
-    args: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    args: str, message: str, fails_early: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", pytest.fail)
-    places = {"SHIPPED": SHIPPED, "OUT": str(tmp_path / "made")}
-    assert message in fails(capsys, *(places.get(arg, arg) for arg in args.split()))
-    assert not list(tmp_path.iterdir())
+    assert message in fails_early("sae", *(SHIPPED if arg == "SHIPPED" else arg for arg in args.split()))
 
 
 def test_the_installed_command_lists_them() -> None:

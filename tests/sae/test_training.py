@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -184,20 +180,10 @@ def test_progress_is_the_log(tmp_path: Path):
 # Resuming
 
 
-def test_a_killed_run_ends_in_the_same_bytes(finished: Path, tmp_path: Path):
-    command = [sys.executable, str(Path(__file__).with_name("planted.py")), str(tmp_path)]
-    command.append(json.dumps(QUICK.as_json()))
-    steps = []
+def test_a_killed_run_ends_in_the_same_bytes(finished: Path, tmp_path: Path, kill_midway: Callable[..., list[int]]):
+    script, steps = Path(__file__).with_name("planted.py"), []
     for _ in range(2):
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            for _ in range(random.Random().randint(1, 15)):
-                steps.append(int(process.stdout.readline()))
-                process.stdin.write("\n")
-                process.stdin.flush()
-            time.sleep(random.Random().uniform(0, 0.005))  # somewhere in the next step, or in its checkpoint
-            process.kill()
+        steps += kill_midway(script, str(tmp_path), json.dumps(QUICK.as_json()), last=15)
         assert not (tmp_path / WEIGHTS).exists()
     train_sae(Planted(), QUICK, tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes(), f"killed after steps {steps}"
