@@ -33,7 +33,7 @@ from saetools.sae import loss, sparse, train, trainer
 BATCH, THREADS, WARM_UP_STEPS, STEPS = 4096, 2, 3, 30
 STAGES = [
     ("encoder product", loss, "select_top"),
-    ("encoder product", loss, "select_candidates"),
+    ("encoder product", sparse, "_propose"),
     ("top k", sparse, "_top_columns"),
     ("sorting pairs by latent", sparse.LatentMajorPairs, "__init__"),
     ("dot product of each pair", sparse.LatentMajorPairs, "dots"),

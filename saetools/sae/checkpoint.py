@@ -16,10 +16,11 @@ from torch import Tensor
 from saetools.errors import InputError, IntegrityError
 from saetools.room import enough_room
 from saetools.sae.objective import AnyLoss
-from saetools.sae.weights import Weights, empty_like
+from saetools.sae.weights import Weights, empty_like, map_latents
 from saetools.team import Team
 
 _NAME = "checkpoint.safetensors"
+_MOMENTS = "exp_avg", "exp_avg_sq"  # of Adam
 
 
 @dataclass
@@ -70,11 +71,14 @@ def save_checkpoint(out: Path, identity: Mapping[str, Any], state: State, team: 
     Raises:
         ResourceError: if the disk is full; the last checkpoint stays.
     """
+    weights, adam = state.weights, state.optimizer.state
+    parts = {"weights": weights}
+    for moment in _MOMENTS:
+        parts[f"adam.{moment}"] = type(weights)(*(adam[weight][moment] for weight in vars(weights).values()))
     tensors: dict[str, Tensor] = {}
-    for name, weight in vars(state.weights).items():
-        slot = state.optimizer.state[weight]
-        parts = {"weights": weight, "adam.exp_avg": slot["exp_avg"], "adam.exp_avg_sq": slot["exp_avg_sq"]}
-        tensors |= {f"{part}.{name}": _whole(name, value, team) for part, value in parts.items()}
+    for part, own in parts.items():
+        whole = map_latents(own, team.all_latents)
+        tensors |= {f"{part}.{name}": tensor.detach() for name, tensor in vars(whole).items()}
     tensors |= {f"buffers.{name}": value for name, value in state.buffers.items()}
     tensors |= {"last_fired": team.all_latents(state.last_fired)}
     tensors |= {"scale": state.scale, "median_norm": state.median_norm}
@@ -116,26 +120,22 @@ def load_checkpoint(
             )
         names = [field.name for field in dataclasses.fields(loss.weights_type)]
 
-        def own(part: str, name: str) -> Tensor:
-            return tensors[f"{part}.{name}"] if name == "b_dec" else team.own_latents(tensors[f"{part}.{name}"])
+        def own(part: str) -> Weights:
+            whole = loss.weights_type(**{name: tensors[f"{part}.{name}"] for name in names})
+            return map_latents(whole, team.own_latents)
 
-        weights = loss.weights_type(**{name: own("weights", name) for name in names})
+        weights, moments = own("weights"), {moment: own(f"adam.{moment}") for moment in _MOMENTS}
         buffers = {name.removeprefix("buffers."): tensors[name] for name in tensors if name.startswith("buffers.")}
         last_fired, step = team.own_latents(tensors["last_fired"]), int(facts["step"])
         state = State.of(weights, buffers, last_fired, tensors["scale"], tensors["median_norm"], step)
         for name, weight in vars(weights).items():
             state.optimizer.state[weight] = {
                 "step": torch.tensor(float(state.step), device=device),
-                "exp_avg": own("adam.exp_avg", name),
-                "exp_avg_sq": own("adam.exp_avg_sq", name),
+                **{moment: getattr(of_weights, name) for moment, of_weights in moments.items()},
             }
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise IntegrityError(f"{file} is damaged ({error}); delete it to start again") from error
     return state
-
-
-def _whole(name: str, value: Tensor, team: Team) -> Tensor:
-    return value.detach() if name == "b_dec" else team.all_latents(value.detach())
 
 
 def _write(out: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:

@@ -24,12 +24,14 @@ class Step:
         error: x - x', per token.
         fired: latents that were active on some token.
         n_active: active (token, latent) pairs.
+        n_tokens: tokens of the whole batch.
     """
 
     loss: Float[Tensor, ""]
     error: Float[Tensor, "token d_in"]
     fired: Bool[Tensor, " d_sae"]
     n_active: Int[Tensor, ""]
+    n_tokens: int
 
 
 def dense_step(
@@ -72,4 +74,4 @@ def dense_step(
     for grad in vars(grads).values():
         team.over_tokens(grad)
     fired = team.over_tokens(fired.int()) > 0
-    return Step(team.over_tokens(total), torch.cat(errors), fired, team.over_tokens(n_active))
+    return Step(team.over_tokens(total), torch.cat(errors), fired, team.over_tokens(n_active), n_all)

@@ -19,8 +19,8 @@ from saetools.sae.sparse import (
     TokenMajorPairs,
     combine,
     select_batch_top,
-    select_candidates,
     select_top,
+    select_top_of_candidates,
 )
 from saetools.sae.weights import Weights, empty_like
 from saetools.team import ALONE, Team
@@ -36,6 +36,7 @@ class StepResult:
         error: x - x', per token.
         indices: selected latents.
         values: their activations.
+        n_tokens: tokens of the whole batch.
     """
 
     loss: Float[Tensor, ""]
@@ -43,6 +44,7 @@ class StepResult:
     error: Float[Tensor, "token d_in"]
     indices: Int[Tensor, "token k"]
     values: Float[Tensor, "token k"]
+    n_tokens: int
 
 
 @torch.no_grad()
@@ -73,14 +75,16 @@ def topk_step(
         dead: latents that have not fired for long; they learn to reconstruct the error (AuxK, arXiv 2406.04093).
         k_aux: dead latents a token uses for that.
         aux_coefficient: weight of that loss.
-        grads: tensors to overwrite with the gradients; fresh memory for them in every step would cost time.
+        grads: tensors to overwrite with the gradients, and to compute in before; fresh memory for them in every step
+            would cost time.
         team: processes that share the batch or the latents; `x`, `weights` and `dead` are this one's part, the loss is
             that of all.
     """
     grads = empty_like(weights) if grads is None else grads
     centred = x - weights.b_dec
     lengths = _lengths(weights.W_dec)
-    strength, indices, pairs = _choose(centred, weights, lengths, min(k, len(weights.b_enc)), encode_dtype)
+    encoder, bias = torch.mul(weights.encoder, lengths[:, None], out=grads.encoder), weights.b_enc * lengths
+    strength, indices, pairs = _choose(centred, encoder, bias, min(k, len(bias)), encode_dtype)
     values = team.keep_top(strength.relu_(), k).div_(lengths[indices])
     error = centred - team.over_latents(combine(weights.W_dec, indices, values))
     n_all = n_tokens(x, team)
@@ -92,7 +96,7 @@ def topk_step(
         loss = loss + _add_aux(centred, error, weights, grads, dead, k_aux, aux_coefficient, team)
     for grad in vars(grads).values():
         team.over_tokens(grad)
-    return StepResult(loss, grads, error, indices, values)
+    return StepResult(loss, grads, error, indices, values, n_all)
 
 
 def n_tokens(x: Float[Tensor, "token d_in"], team: Team) -> int:
@@ -101,24 +105,17 @@ def n_tokens(x: Float[Tensor, "token d_in"], team: Team) -> int:
 
 
 def _choose(
-    centred: Tensor, weights: Weights, lengths: Tensor, k: int, encode_dtype: torch.dtype
+    centred: Tensor, encoder: Tensor, bias: Tensor, k: int, encode_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, LatentMajorPairs]:
-    """The k largest of each token, by pre-activation times length of the decoder row: these, the latents, the pairs."""
-    d_sae = len(lengths)
-    encoder, bias = weights.encoder * lengths[:, None], weights.b_enc * lengths
+    """The k largest pre-activations of each token, their latents, and the pairs."""
+    d_sae = len(bias)
     if encode_dtype == torch.int8:
-        candidates = select_candidates(centred, encoder, bias, min(d_sae, k + -(-k // 4)))
-        top = _exact(LatentMajorPairs(candidates, d_sae), centred, encoder, bias).topk(k, dim=1, sorted=False)
-        indices = candidates.gather(1, top.indices)
-        return top.values, indices, LatentMajorPairs(indices, d_sae)
+        values, indices = select_top_of_candidates(centred, encoder, bias, k, n=k + -(-k // 4), dtype=encode_dtype)
+        return values, indices, LatentMajorPairs(indices, d_sae)
     values, indices = select_top(centred.to(encode_dtype), encoder.to(encode_dtype).T, bias.to(encode_dtype), k)
     pairs = LatentMajorPairs(indices, d_sae)
-    return values if encode_dtype == centred.dtype else _exact(pairs, centred, encoder, bias), indices, pairs
-
-
-def _exact(pairs: LatentMajorPairs, centred: Tensor, encoder: Tensor, bias: Tensor) -> Tensor:
-    """Pre-activations of pairs in the dtype of the weights."""
-    return pairs.scatter(pairs.dots(encoder, centred) + bias[pairs.latents])
+    exact = values if encode_dtype == centred.dtype else pairs.pre_activations(centred, encoder, bias)
+    return exact, indices, pairs
 
 
 @torch.no_grad()
@@ -154,7 +151,7 @@ def batch_topk_step(
     n_all = n_tokens(x, team)
     centred = x - weights.b_dec
     lengths = _lengths(weights.W_dec)
-    encoder, bias = weights.encoder * lengths[:, None], weights.b_enc * lengths
+    encoder, bias = torch.mul(weights.encoder, lengths[:, None], out=grads.encoder), weights.b_enc * lengths
     active = select_batch_top(centred.to(encode_dtype), encoder.to(encode_dtype).T, bias.to(encode_dtype), k * n_all)
     if team.size > 1:
         active = active[team.among_top(active.values, k * n_all).nonzero()[:, 0]]
@@ -182,7 +179,7 @@ def batch_topk_step(
         team.over_tokens(grad)
     latents = torch.cat([group.active.latents + group.rows.start for group in groups])
     strength = torch.cat([group.active.values for group in groups]) * lengths[latents]
-    return BatchTopKResult(loss, grads, error, latents, strength)
+    return BatchTopKResult(loss, grads, error, latents, strength, n_all)
 
 
 @dataclass(frozen=True)
@@ -195,6 +192,7 @@ class BatchTopKResult:
         error: x - x' with all latents, per token.
         latents: of the active pairs.
         strength: their activations times the lengths of their decoder rows, all above 0 but for rounding.
+        n_tokens: tokens of the whole batch.
     """
 
     loss: Float[Tensor, ""]
@@ -202,6 +200,7 @@ class BatchTopKResult:
     error: Float[Tensor, "token d_in"]
     latents: Int[Tensor, " pair"]
     strength: Float[Tensor, " pair"]
+    n_tokens: int
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ class _Group:
         own = active[((active.latents >= rows.start) & (active.latents < rows.stop)).nonzero()[:, 0]]
         latents = own.latents - rows.start
         pairs = LatentMajorPairs(latents, rows.stop - rows.start, tokens=own.tokens, n_tokens=own.n_tokens)
-        strength = own.values if exact else _exact(pairs, centred, encoder[rows], bias[rows])
+        strength = own.values if exact else pairs.pre_activations(centred, encoder[rows], bias[rows])
         values = strength.relu() / lengths[own.latents]
         return cls(rows, TokenMajorPairs(own.tokens, latents, values, own.n_tokens), pairs)
 

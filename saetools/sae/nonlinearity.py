@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saetools.errors import InputError
-from saetools.sae.sparse import LatentMajorPairs, chunk_tokens, select_candidates, select_top
+from saetools.sae.sparse import chunk_tokens, select_top, select_top_of_candidates
 
 Tokens = Float[Tensor, "token d_in"]
 Weight = Float[Tensor, "d_in d_sae"]
@@ -47,21 +47,13 @@ class TopK(nn.Module):
         if encode_dtype in (None, weight.dtype) or not len(x):
             values, indices = select_top(x, weight, bias, self.k)
             return values.relu_(), indices
-        parts = [self._select_among_candidates(part, weight.T, bias, encode_dtype) for part in torch.split(x, _PART)]
+        n = self.k + -(-self.k // 2)
+        parts = [
+            select_top_of_candidates(part, weight.T, bias, self.k, n=n, dtype=encode_dtype)
+            for part in torch.split(x, _PART)
+        ]
         values, indices = map(torch.cat, zip(*parts, strict=True))
-        return values, indices
-
-    def _select_among_candidates(
-        self, x: Tensor, rows: Tensor, bias: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        n = min(len(bias), self.k + -(-self.k // 2))
-        if dtype == torch.int8:
-            candidates = select_candidates(x, rows, bias, n)
-        else:
-            _, candidates = select_top(x.to(dtype), rows.to(dtype).T, bias.to(dtype), n)
-        pairs = LatentMajorPairs(candidates, len(bias))
-        top = pairs.scatter(pairs.dots(rows, x) + bias[pairs.latents]).topk(self.k, dim=1, sorted=False)
-        return top.values.relu_(), candidates.gather(1, top.indices)
+        return values.relu_(), indices
 
 
 class ReLU(nn.Module):

@@ -25,14 +25,12 @@ from torch import Tensor
 
 from saetools.errors import InputError
 from saetools.sae.dense import Step, dense_step
-from saetools.sae.loss import batch_topk_step, n_tokens, topk_step
+from saetools.sae.loss import batch_topk_step, topk_step
 from saetools.sae.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU, TopK
 from saetools.sae.weights import GatedWeights, JumpReLUWeights, Weights
 from saetools.team import ALONE, Team
 
-_START_NORM = (
-    0.1  # of encoder and decoder rows of dense kinds: with unit rows they would first be dense and far too loud
-)
+_START_NORM = 0.1  # of encoder and decoder rows of dense kinds: unit rows would first be dense and far too loud
 
 
 @dataclass
@@ -138,7 +136,7 @@ class TopKLoss:
         )
         strength = torch.bincount(done.indices.flatten(), done.values.flatten(), minlength=len(weights.b_enc))
         n_active = context.team.over_both((done.values > 0).sum())
-        return Step(done.loss, done.error, context.team.over_tokens(strength) > 0, n_active)
+        return Step(done.loss, done.error, context.team.over_tokens(strength) > 0, n_active, done.n_tokens)
 
     def nonlinearity(self, weights: Weights, buffers: dict[str, Tensor], unit: Tensor) -> Nonlinearity:
         """The same k."""
@@ -182,7 +180,8 @@ class BatchTopKLoss(TopKLoss):
             memory = self.threshold_memory if float(threshold) >= 0 else 0.0
             threshold.mul_(memory).add_(smallest, alpha=1 - memory)
         strength = torch.bincount(done.latents, done.strength, minlength=d_own)
-        return Step(done.loss, done.error, team.over_tokens(strength) > 0, team.over_both(active.sum()))
+        n_active = team.over_both(active.sum())
+        return Step(done.loss, done.error, team.over_tokens(strength) > 0, n_active, done.n_tokens)
 
     def nonlinearity(self, weights: Weights, buffers: dict[str, Tensor], unit: Tensor) -> Nonlinearity:
         """The learnt threshold, the same for all latents once their decoder rows have length 1."""
@@ -269,7 +268,7 @@ class StandardLoss:
         chunk_loss = self._chunk_loss(coefficient, context)
         done = dense_step(x, weights, grads, chunk_loss, encode_dtype=context.encode_dtype, team=context.team)
         if self.target_l0 is not None:
-            l0 = float(done.n_active) / n_tokens(x, context.team)
+            l0 = float(done.n_active) / done.n_tokens
             # Slow enough for the weights to follow: twice too many raise it by a third of a per cent a step.
             context.buffers["sparsity"].mul_(min(max(l0 / self.target_l0, 0.1), 10.0) ** 0.005)
         return done

@@ -18,9 +18,7 @@ CHUNK_ELEMENTS = 1 << 22  # entries of the dense pre-activations that exist at t
 _GROUP = 4  # columns that `_top_columns` first looks at together
 _INT8_MAX = 127
 _CACHED_ROWS = 512  # that `_int8` rounds at a time
-_BIAS_COLUMNS = (
-    16  # of 8 bits, over which `select_candidates` spreads a bias: one alone would be too coarse and too small
-)
+_BIAS_COLUMNS = 16  # of 8 bits, over which `_propose` spreads a bias: one would be too coarse and too small
 _BITS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -91,9 +89,35 @@ def select_top(
     return torch.cat(values), torch.cat(indices)
 
 
-def select_candidates(
-    x: Float[Tensor, "token d_in"], rows: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"], n: int
-) -> Int[Tensor, "token n"]:
+def select_top_of_candidates(
+    x: Float[Tensor, "token d_in"],
+    rows: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    k: int,
+    *,
+    n: int,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
+    """The k largest of the n pre-activations of each token that a coarser product proposes; unsorted.
+
+    Args:
+        x: tokens.
+        rows: of the encoder.
+        bias: of the encoder.
+        k: wanted.
+        n: candidates a token, whose exact values choose; all latents if there are fewer.
+        dtype: of the product: `int8`, or a floating one.
+    """
+    n = min(n, len(rows))
+    if dtype == torch.int8:
+        candidates = _propose(x, rows, bias, n)
+    else:
+        _, candidates = select_top(x.to(dtype), rows.to(dtype).T, bias.to(dtype), n)
+    top = LatentMajorPairs(candidates, len(rows)).pre_activations(x, rows, bias).topk(k, dim=1, sorted=False)
+    return top.values, candidates.gather(1, top.indices)
+
+
+def _propose(x: Tensor, rows: Tensor, bias: Tensor, n: int) -> Tensor:
     """The latents with the n largest pre-activations of each token, as an 8-bit product sees them.
 
     Integer products take half the time of bfloat16 ones on CPUs that have instructions for them. Tokens are rounded
@@ -114,8 +138,12 @@ def select_candidates(
     worth = quietest / token_unit * _INT8_MAX
     tokens = _int8(x, token_unit, worth + offsets.flip(0))
     weight = _int8(rows, row_unit.expand(len(rows), 1), share[:, None] + offsets).T
-    chunks = [_top_columns(torch._int_mm(chunk, weight), n) for chunk in torch.split(tokens, chunk_tokens(len(rows)))]
-    return torch.cat(chunks) if chunks else torch.zeros(0, n, dtype=torch.long, device=x.device)
+    size = chunk_tokens(len(rows))
+    pre = torch.empty(min(size, len(x)), len(rows), dtype=torch.int32, device=x.device)
+    columns = torch.empty(len(x), n, dtype=torch.long, device=x.device)
+    for some, out in zip(torch.split(tokens, size), torch.split(columns, size), strict=True):
+        out.copy_(_top_columns(torch._int_mm(some, weight, out=pre[: len(some)]), n))
+    return columns
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -273,6 +301,12 @@ class LatentMajorPairs:
         pattern = self._matrix(x.new_zeros(len(self.order)))
         products: Tensor = torch.sparse.sampled_addmm(pattern, rows, x.T, beta=0.0).values()
         return products
+
+    def pre_activations(
+        self, x: Float[Tensor, "token d_in"], rows: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
+    ) -> Float[Tensor, "*slot"]:
+        """Those of the slots, in the dtype of the weights."""
+        return self.scatter(self.dots(rows, x) + bias[self.latents])
 
     def sum_tokens(
         self,

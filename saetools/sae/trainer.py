@@ -20,10 +20,9 @@ from saetools.provenance import versions
 from saetools.sae.checkpoint import State, load_checkpoint, save_checkpoint
 from saetools.sae.config import Progress, TrainConfig
 from saetools.sae.io import save_sae
-from saetools.sae.loss import n_tokens
 from saetools.sae.model import SAE, SAEMetadata
 from saetools.sae.objective import StepContext
-from saetools.sae.weights import Weights
+from saetools.sae.weights import Weights, map_latents
 from saetools.team import Team
 
 Batch = Shaped[Tensor, "token ..."]
@@ -96,7 +95,7 @@ class Trainer:
             )
         lr = config.lr_at(state.step)
         _update(state, lr, config, team)
-        state.last_fired.add_(n_tokens(x, team)).masked_fill_(result.fired, 0)
+        state.last_fired.add_(result.n_tokens).masked_fill_(result.fired, 0)
         state.step += 1
         self.window.add(x, result.error, result.n_active, n_left_out, team)
         if state.step % config.log_every == 0 or state.step == config.n_steps:
@@ -195,9 +194,8 @@ def _update(state: State, lr: float, config: TrainConfig, team: Team) -> None:
 
 
 def _clip(grads: Weights, longest: float, team: Team) -> None:
-    squares = {name: grad.square().sum() for name, grad in vars(grads).items()}
-    shared = squares.pop("b_dec")
-    norm = (shared + team.over_latents(torch.stack(list(squares.values())).sum())).sqrt()
+    own = torch.stack([torch.linalg.vector_norm(grad) for grad in grads.by_latent().values()]).square().sum()
+    norm = (torch.linalg.vector_norm(grads.b_dec).square() + team.over_latents(own)).sqrt()
     for grad in vars(grads).values():
         grad.mul_((longest / (norm + 1e-6)).clamp_max(1))
 
@@ -250,9 +248,7 @@ class _Window:
 
 
 def _fold(state: State, config: TrainConfig, metadata: SAEMetadata, team: Team) -> SAE:
-    weights = type(state.weights)(
-        **{name: one if name == "b_dec" else team.all_latents(one) for name, one in vars(state.weights).items()}
-    )
+    weights = map_latents(state.weights, team.all_latents)
     provenance = {**metadata.provenance, "train": config.as_json(), "versions": versions()}
     median_norm = float(state.median_norm.square().sum().sqrt())
     metadata = dataclasses.replace(metadata, median_norm=median_norm, provenance=provenance)

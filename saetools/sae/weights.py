@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,10 @@ class Weights:
     W_dec: Float[Tensor, "d_sae d_in"]
     b_enc: Float[Tensor, " d_sae"]
     b_dec: Float[Tensor, " d_in"]
+
+    def by_latent(self) -> dict[str, Float[Tensor, "d_sae ..."]]:
+        """All but `b_dec`, by name: what processes that divide the latents hold a part of."""
+        return {name: tensor for name, tensor in vars(self).items() if name != "b_dec"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class JumpReLUWeights(Weights):
 
 
 AnyWeights = TypeVar("AnyWeights", bound=Weights)
+
+
+def map_latents(weights: AnyWeights, change: Callable[[Tensor], Tensor]) -> AnyWeights:
+    """Weights with every tensor changed but `b_dec`."""
+    return replace(weights, **{name: change(tensor) for name, tensor in weights.by_latent().items()})
 
 
 def empty_like(weights: AnyWeights) -> AnyWeights:

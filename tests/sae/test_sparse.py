@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saetools.sae import sparse
-from saetools.sae.sparse import LatentMajorPairs, SparseLatents, combine, select_candidates, select_top
+from saetools.sae.sparse import LatentMajorPairs, SparseLatents, combine, select_top, select_top_of_candidates
 
 
 def random_latents(n_tokens: int = 40, n_slots: int = 5, d_sae: int = 23) -> tuple[SparseLatents, Tensor]:
@@ -90,8 +90,8 @@ def test_one_token_of_another_size_does_not_spoil_the_candidates_of_others(loudn
     x, rows = torch.randn(400, 64, generator=generator), torch.randn(512, 64, generator=generator)
     bias = 2 * torch.randn(512, generator=generator)
     x[0] *= loudness
-    candidates = select_candidates(x, rows, bias, 24)
+    _, chosen = select_top_of_candidates(x, rows, bias, 16, n=24, dtype=torch.int8)
     top = (x @ rows.T + bias).topk(16, dim=1).indices
-    found = (top[:, :, None] == candidates[:, None, :]).any(2)
+    found = (top[:, :, None] == chosen[:, None, :]).any(2)
     assert found[1:].float().mean() > 0.999
     assert found[0].float().mean() > 0.9
