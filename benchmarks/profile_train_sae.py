@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import shlex
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -26,6 +24,7 @@ import torch
 from activations import harvested
 from interleave import summary
 from machine import describe_machine
+from results import command
 from torch import Tensor
 
 from saetools.sae import loss, sparse, train, trainer
@@ -113,7 +112,7 @@ def main() -> None:
     machine = describe_machine()
     acts = torch.from_numpy(np.load(harvested(5 * BATCH), mmap_mode="c"))[: 4 * BATCH]
     result = {
-        "command": shlex.join(["python", "benchmarks/profile_train_sae.py", *sys.argv[1:]]),
+        "command": command("profile_train_sae.py"),
         "shape": {"d_model": acts.shape[1], "d_sae": 8192, "k": 32, "batch": BATCH},
         "method": {"threads": THREADS, "steps": STEPS, "warm_up_steps": WARM_UP_STEPS, "seconds": "of one step"},
         "machine": machine,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -59,7 +58,7 @@ def main() -> None:
     fvu = {name: [record.facts["fvu"] for record in each if record.error is None] for name, each in records.items()}
     peer_mean = statistics.mean(fvu[kinds[-1][0]])
     result = {
-        "command": shlex.join(["python", "benchmarks/quality_train_sae.py", *sys.argv[1:]]),
+        "command": results.command("quality_train_sae.py"),
         "date": datetime.date.today().isoformat(),
         "task": {
             **task,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -108,7 +109,7 @@ def write(
         facts: whatever else belongs into the file.
     """
     result = {
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": command(script),
         "date": datetime.date.today().isoformat(),
         "quick": arguments.quick,
         **facts,
@@ -119,6 +120,12 @@ def write(
     }
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print_table(records, compared)
+
+
+def command(script: str) -> str:
+    """The call; of files only the names, for folders differ from machine to machine."""
+    arguments = (re.sub("(^|=).*/", r"\1", argument) for argument in sys.argv[1:])
+    return shlex.join(["python", f"benchmarks/{script}", *arguments])
 
 
 def _print_table(records: Sequence[Record], compared: dict[str, dict[str, Any]]) -> None:

@@ -11,19 +11,19 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saetools.data.conversation import Conversation
-from saetools.data.tokenizing import make_batches, tokenize
+from saetools.data.tokenizing import Batch, make_batches, tokenize
 from saetools.diff import sae_site
 from saetools.errors import InputError
 from saetools.evaluate.fidelity import Fidelity, measure_fidelity
 from saetools.models.forward import read
 from saetools.models.language_model import LanguageModel
+from saetools.models.layout import locate
 from saetools.models.site import STREAMS, Site
 from saetools.sae.model import SAE
 
@@ -95,7 +95,7 @@ def verify_sae(
         conversations: some texts or chats; a few thousand tokens are enough.
         site: where to read; by default what the SAE's metadata says.
         max_tokens: longer ones are cut.
-        on_progress: called with attempts done and in all.
+        on_progress: called with batches read and in all.
 
     Raises:
         InputError: for a transcoder, an SAE of another width, or if no site is known.
@@ -108,120 +108,147 @@ def verify_sae(
     """
     site = site or sae_site(sae)
     fidelity = measure_fidelity(lm, sae, conversations, site=site, max_tokens=max_tokens)
-    acts = _Activations(lm, conversations, max_tokens)
-    here = acts.at(site)
-    given = _fvu(sae, here)
-    attempts = [
-        *_elsewhere(sae, site, acts, lm.n_layers),
-        *_undoings(sae, here),
-        _Attempt(
-            "trained with first positions",
-            "count first positions in: skip_first=False",
-            lambda: _fvu(sae, acts.at(site, skip_first=False)),
-        ),
-        *_other_views(sae, site, lm, conversations, max_tokens),
-    ]
-    found = []
-    for done, attempt in enumerate(attempts, start=1):
-        fvu = attempt.fvu()
-        if fvu is not None and fvu < _CLEARLY * given:
-            found.append(Suspect(attempt.fault, attempt.remedy, fvu))
+    batches = list(make_batches(list(tokenize(conversations, lm.tokenizer, max_tokens=max_tokens))))
+    elsewhere, views = _elsewhere(lm, site), _other_views(lm)
+    n_done = 0
+
+    def tick() -> None:
+        nonlocal n_done
+        n_done += 1
         if on_progress is not None:
-            on_progress(done, len(attempts))
-    return Verdict(fidelity, tuple(sorted(found, key=lambda suspect: suspect.fvu)))
+            on_progress(n_done, len(batches) * (1 + len(views)))
+
+    acts = _read(lm, sae, site, elsewhere, batches, tick)
+    given = _fvu(sae, acts.counted)
+    suspects = [
+        Suspect(f"trained at another site than {site}", f"read it at {other}", unexplained.fvu)
+        for other, unexplained in acts.elsewhere.items()
+    ]
+    suspects += [Suspect(fault, remedy, _fvu(undone, x)) for fault, remedy, undone, x in _undoings(sae, acts)]
+    for label, view in views.items():
+        fvu = _fvu(sae, _read(view, sae, site, [], batches, tick).counted)
+        suspects.append(Suspect("trained on another view of the model", f"read the model {label}", fvu))
+    clear = sorted((one for one in suspects if one.fvu < _CLEARLY * given), key=lambda one: one.fvu)
+    return Verdict(fidelity, tuple(clear))
+
+
+class _Unexplained:
+    """Sums over tokens of an SAE's squared error and of what it could explain."""
+
+    def __init__(self) -> None:
+        self._error = self._squares = self._sum = torch.zeros((), dtype=torch.double)
+        self._n = 0
+
+    def add(self, sae: SAE, x: Float[Tensor, "token d_in"]) -> None:
+        x = x.to(sae.W_dec)
+        self._error = self._error + (x - sae(x)).double().square().sum().cpu()
+        self._squares = self._squares + x.double().square().sum().cpu()
+        self._sum = self._sum + x.double().sum(0).cpu()
+        self._n += len(x)
+
+    @property
+    def fvu(self) -> float:
+        return float(self._error / (self._squares - self._sum.square().sum() / self._n))
 
 
 @dataclass(frozen=True)
-class _Attempt:
-    """A fault, what mends it, and the FVU without it; `None` where that cannot be."""
-
-    fault: str
-    remedy: str
-    fvu: Callable[[], float | None]
-
-
 class _Activations:
-    """Residuals of the conversations, site by site."""
+    """Activations at a site, which of them are not at first positions, and how the SAE does at other sites."""
 
-    def __init__(self, lm: LanguageModel, conversations: Sequence[Conversation], max_tokens: int) -> None:
-        self._lm = lm
-        tokenized = list(tokenize(conversations, lm.tokenizer, max_tokens=max_tokens))
-        self._batches = list(make_batches(tokenized))
+    all: Float[Tensor, "token d_model"]
+    is_counted: Bool[Tensor, " token"]
+    elsewhere: dict[Site, _Unexplained]
 
-    def at(self, site: Site, *, skip_first: bool = True) -> Float[Tensor, "token d_model"]:
-        """Activations of all counted tokens, in float32."""
-        parts = []
-        with self._lm.active():
-            for batch in self._batches:
-                acts = read(self._lm, batch.token_ids.to(self._lm.device), batch.mask.to(self._lm.device), [site])[site]
-                counted: Bool[Tensor, "row pos"] = batch.counted(skip_first=skip_first)
-                parts.append(acts[counted.to(acts.device)].float())
-        return torch.cat(parts)
-
-    def fvu_at(self, site: Site, sae: SAE) -> float | None:
-        """FVU at another site; `None` where the architecture does not have it."""
-        try:
-            return _fvu(sae, self.at(site))
-        except InputError:
-            return None
+    @property
+    def counted(self) -> Float[Tensor, "counted d_model"]:
+        return self.all[self.is_counted]
 
 
-def _elsewhere(sae: SAE, site: Site, acts: _Activations, n_layers: int) -> Iterator[_Attempt]:
-    """Other streams of the layer, and the same stream of layers nearby."""
-    layers = range(max(0, site.layer - _REACH), min(n_layers, site.layer + _REACH + 1))
-    for other in (*(Site(site.layer, stream) for stream in STREAMS), *(Site(layer, site.stream) for layer in layers)):
-        if other != site:
-            fvu = partial(acts.fvu_at, other, sae)
-            yield _Attempt(f"trained at another site than {site}", f"read it at {other}", fvu)
+def _read(
+    lm: LanguageModel,
+    sae: SAE,
+    site: Site,
+    elsewhere: Sequence[Site],
+    batches: Sequence[Batch],
+    tick: Callable[[], None],
+) -> _Activations:
+    """Read all sites in one pass; only the activations of one of them are kept."""
+    here, is_counted = [], []
+    others = {other: _Unexplained() for other in elsewhere}
+    with lm.active():
+        for batch in batches:
+            acts = read(lm, batch.token_ids.to(lm.device), batch.mask.to(lm.device), [site, *elsewhere])
+            counted = batch.counted()
+            for other, unexplained in others.items():
+                unexplained.add(sae, acts[other][counted.to(acts[other].device)])
+            here.append(acts[site][batch.mask.to(acts[site].device)].to(sae.W_dec))
+            is_counted.append(counted[batch.mask])
+            tick()
+    return _Activations(torch.cat(here), torch.cat(is_counted).to(here[0].device), others)
 
 
-def _other_views(
-    sae: SAE, site: Site, lm: LanguageModel, conversations: Sequence[Conversation], max_tokens: int
-) -> Iterator[_Attempt]:
+def _elsewhere(lm: LanguageModel, site: Site) -> list[Site]:
+    """Other streams of the layer, and the same stream of layers nearby, where the model has them."""
+    layers = range(max(0, site.layer - _REACH), min(lm.n_layers, site.layer + _REACH + 1))
+    near = (*(Site(site.layer, stream) for stream in STREAMS), *(Site(layer, site.stream) for layer in layers))
+    return [other for other in near if other != site and _has(lm, other)]
+
+
+def _has(lm: LanguageModel, site: Site) -> bool:
+    try:
+        locate(lm.model, lm.layout, site)
+    except InputError:
+        return False
+    return True
+
+
+def _other_views(lm: LanguageModel) -> dict[str, LanguageModel]:
     """The same weights with another adapter, or without."""
-    for name in (None, *lm.adapters):
-        if name != lm.adapter:
-            view = lm.base if name is None else lm.with_adapter(name)
-            label = "without an adapter" if name is None else f"with the adapter {name!r}"
-            fvu = partial(_Activations(view, conversations, max_tokens).fvu_at, site, sae)
-            yield _Attempt("trained on another view of the model", f"read the model {label}", fvu)
+    views = {"without an adapter": lm.base} if lm.adapter else {}
+    return views | {f"with the adapter {name!r}": lm.with_adapter(name) for name in lm.adapters if name != lm.adapter}
 
 
-def _undoings(sae: SAE, x: Float[Tensor, "token d_in"]) -> Iterator[_Attempt]:
-    """Faults of an SAE's files."""
+def _undoings(sae: SAE, acts: _Activations) -> Iterator[tuple[str, str, SAE, Tensor]]:
+    """Faults of an SAE's files, the remedy, and the SAE and the activations with which each is undone."""
+    x = acts.counted
     centred = "not " if sae.apply_b_dec_to_input else ""
     toggled = copy.copy(sae)
     toggled.apply_b_dec_to_input = not sae.apply_b_dec_to_input
-    yield _Attempt(
+    yield (
         "b_dec subtracted from the input, or not",
         f"load it with apply_b_dec_to_input={toggled.apply_b_dec_to_input}: b_dec is {centred}subtracted",
-        lambda: _fvu(toggled, x),
+        toggled,
+        x,
     )
     scale = math.sqrt(sae.d_in) / float(torch.linalg.vector_norm(x, dim=1).mean())
-    yield _Attempt(
+    yield (
         "a scale of activations that is not folded into the weights",
         f"multiply activations by {scale:.4g}, or fold that into the weights",
-        lambda: _fvu(sae, x * scale),
+        sae,
+        x * scale,
     )
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(1e-8)
-    by_norm = {"encoder": sae.encoder * norms[:, None], "b_enc": sae.b_enc * norms, "W_dec": sae.W_dec / norms[:, None]}
-    yield _Attempt(
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True).clamp_min(1e-8)
+    by_norm = {"encoder": sae.encoder * norms, "b_enc": sae.b_enc * norms[:, 0], "W_dec": sae.W_dec / norms}
+    yield (
         "decoder norms left out of the choice of latents",
         "multiply encoder and b_enc by the decoder norms and divide the decoder by them",
-        lambda: _fvu(_with(sae, **by_norm), x),
+        _with(sae, **by_norm),
+        x,
     )
-    longer = {"W_dec": sae.W_dec / norms[:, None]}
-    yield _Attempt(
+    yield (
         "a decoder that was not normalised",
         "divide decoder rows by their norms",
-        lambda: _fvu(_with(sae, **longer), x),
+        _with(sae, W_dec=sae.W_dec / norms),
+        x,
     )
     for name, weight in (("W_dec", sae.W_dec), ("encoder", sae.encoder)):
-        yield _Attempt(
+        yield (
             f"transposed weights ({name})",
             f"transpose {name} before loading",
-            lambda name=name, weight=weight: _fvu(_with(sae, **{name: _transposed(weight)}), x),  # type: ignore[misc]
+            _with(sae, **{name: _transposed(weight)}),
+            x,
         )
+    yield "trained with first positions", "count first positions in: skip_first=False", sae, acts.all
 
 
 def _transposed(weight: Tensor) -> Tensor:
@@ -238,6 +265,6 @@ def _with(sae: SAE, **weights: Tensor) -> SAE:
 
 
 def _fvu(sae: SAE, x: Float[Tensor, "token d_in"]) -> float:
-    x = x.to(sae.W_dec.device)
-    error = (x - sae(x).float()).double().square().sum()
-    return float(error / (x - x.mean(0)).double().square().sum())
+    unexplained = _Unexplained()
+    unexplained.add(sae, x)
+    return unexplained.fvu
