@@ -17,6 +17,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 22  # entries of the dense pre-activations that exist at the same time
 _GROUP = 4  # columns that `_top_columns` first looks at together
 _INT8_MAX = 127
+_SORTED_IN_REGISTERS = 512  # 32-bit integers, by numpy
+_SUMMED_ROWS = 1024  # of gradients that are made at a time: fresh memory for all of them would cost more than they do
 _CACHED_ROWS = 512  # that `_int8` rounds at a time
 _BIAS_COLUMNS = 16  # of 8 bits, over which `_propose` spreads a bias: one would be too coarse and too small
 _BITS = {
@@ -141,8 +143,9 @@ def _propose(x: Tensor, rows: Tensor, bias: Tensor, n: int) -> Tensor:
     size = chunk_tokens(len(rows))
     pre = torch.empty(min(size, len(x)), len(rows), dtype=torch.int32, device=x.device)
     columns = torch.empty(len(x), n, dtype=torch.long, device=x.device)
+    spare_bits = 31 - (_INT8_MAX**2 * len(weight)).bit_length()
     for some, out in zip(torch.split(tokens, size), torch.split(columns, size), strict=True):
-        out.copy_(_top_columns(torch._int_mm(some, weight, out=pre[: len(some)]), n))
+        out.copy_(_top_columns(torch._int_mm(some, weight, out=pre[: len(some)]), n, spare_bits=spare_bits))
     return columns
 
 
@@ -175,20 +178,34 @@ def _top(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pre.gather(1, columns), columns
 
 
-def _top_columns(keys: Tensor, k: int) -> Tensor:
+def _top_columns(keys: Tensor, k: int, *, spare_bits: int = 0) -> Tensor:
     """Columns of the k largest entries of each row.
 
     `topk` alone takes a third of a training step's time. The k largest entries lie in the k strided groups with the
-    largest maxima, which are found in the same way.
+    largest maxima, which are found in the same way. `spare_bits` are the high bits that no key uses; if there are any,
+    the keys are rough, and may lose some low bits.
     """
     n_groups = keys.shape[1] // _GROUP
     if keys.shape[1] % _GROUP or n_groups < 4 * k:
-        return keys.topk(k, dim=1, sorted=False).indices
+        return _pick(keys, k, spare_bits)
     members = keys.view(-1, _GROUP, n_groups)
-    groups = _top_columns(members.amax(1), k)
-    candidates = members.gather(2, groups[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    top = candidates.topk(k, dim=1, sorted=False).indices
+    groups = _top_columns(members.amax(1), k, spare_bits=spare_bits)
+    top = _pick(members.gather(2, groups[:, None].expand(-1, _GROUP, -1)).flatten(1), k, spare_bits)
     return top // k * n_groups + groups.gather(1, top % k)
+
+
+def _pick(keys: Tensor, k: int, spare_bits: int) -> Tensor:
+    """The same for few columns."""
+    n = keys.shape[1]
+    if not spare_bits or not k < n <= _SORTED_IN_REGISTERS:
+        return keys.topk(k, dim=1, sorted=False).indices
+    # Numpy partitions short rows of integers several times faster, but has no fast way to tell where they were: that is
+    # written into their low bits.
+    low_bits = (1 << (n - 1).bit_length()) - 1
+    packed = keys.bitwise_left_shift(spare_bits).bitwise_and_(~low_bits)
+    packed |= torch.arange(n, dtype=keys.dtype)
+    packed.numpy().partition(n - k, axis=1)
+    return (packed[:, n - k :] & low_bits).long()
 
 
 def combine(
@@ -317,7 +334,14 @@ class LatentMajorPairs:
     ) -> Float[Tensor, "d_sae d_in"]:
         """For every latent, the sum over its tokens of value times x; written to `out` if given."""
         out = x.new_empty(self.d_sae, x.shape[1]) if out is None else out
-        return torch.addmm(out, self._matrix(pairs), x, beta=0, out=out)
+        edges = [*self.starts[::_SUMMED_ROWS].tolist(), len(pairs)]
+        for number, rows in enumerate(torch.split(out, _SUMMED_ROWS)):
+            first, last = edges[number : number + 2]
+            starts = self.starts[number * _SUMMED_ROWS :][: len(rows)] - first
+            weights = pairs[first:last]
+            bags = self.tokens[first:last], x, starts
+            rows.copy_(torch.nn.functional.embedding_bag(*bags, per_sample_weights=weights, mode="sum"))
+        return out
 
     def sums(self, pairs: Float[Tensor, " pair"]) -> Float[Tensor, " d_sae"]:
         """For every latent, the sum of its values."""

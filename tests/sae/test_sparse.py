@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saetools.sae import sparse
+from saetools.sae import sparse
 from saetools.sae.sparse import LatentMajorPairs, SparseLatents, combine, select_top, select_top_of_candidates
 
 
@@ -95,3 +96,16 @@ def test_one_token_of_another_size_does_not_spoil_the_candidates_of_others(loudn
     found = (top[:, :, None] == chosen[:, None, :]).any(2)
     assert found[1:].float().mean() > 0.999
     assert found[0].float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("width", "k"), [(40, 8), (512, 40), (8192, 40), (8192, 600), (1001, 1001)])
+@pytest.mark.parametrize("used_bits", [20, 30])
+def test_rough_keys_may_lose_only_low_bits(width: int, k: int, used_bits: int):
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**used_bits), 2**used_bits, (20, width), generator=generator, dtype=torch.int32)
+    columns = sparse._top_columns(keys, k, spare_bits=31 - used_bits)
+    assert all(len(set(row)) == k for row in columns.tolist())
+    lost = max(0, 9 - (31 - used_bits))  # rows of up to 512 columns are numbered in 9 bits
+    found, top = keys.gather(1, columns).amin(1), keys.topk(k, dim=1).values[:, -1]
+    assert bool((found >= top - (1 << lost)).all())
+    assert lost or torch.equal(found, top)
