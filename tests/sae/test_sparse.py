@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from saetools.sae import sparse
-from saetools.sae import sparse
 from saetools.sae.sparse import LatentMajorPairs, SparseLatents, combine, select_top, select_top_of_candidates
 
 
