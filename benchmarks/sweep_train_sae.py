@@ -75,7 +75,7 @@ def _plot(series: dict[str, Any], file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     titles = {"d_sae": "latents (batch 4096)", "batch": "tokens a step (8192 latents)"}
@@ -90,6 +90,8 @@ def _plot(series: dict[str, Any], file: Path) -> None:
         for row, label in enumerate(("seconds a step", "MiB above the start")):
             axes[row][column].set(xscale="log", yscale="log", xlabel=titles[axis], ylabel=label)
             axes[row][column].set_xticks(line[axis], [f"{value:,}" for value in line[axis]])
+            axes[row][column].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes[row][column].yaxis.set_major_formatter("{x:,g}")
             axes[row][column].minorticks_off()
             axes[row][column].grid(alpha=0.3)
     axes[0][0].legend(fontsize=8, frameon=False)

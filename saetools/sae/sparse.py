@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 22  # entries of the dense pre-activations that exist at the same time
+CHUNK_ELEMENTS = 1 << 22  # entries of the dense pre-activations that exist at the same time,
+LEAST_CHUNK_TOKENS = 256  # or more, where so few tokens would not pay for going through all weights
 _GROUP = 4  # columns that `_top_columns` first looks at together
 _INT8_MAX = 127
 _SORTED_IN_REGISTERS = 512  # 32-bit integers, by numpy
@@ -70,8 +71,8 @@ class SparseLatents:
 
 
 def chunk_tokens(d_sae: int) -> int:
-    """Tokens whose dense pre-activations fit the chunk budget."""
-    return max(1, CHUNK_ELEMENTS // d_sae)
+    """Tokens whose dense pre-activations may exist at the same time."""
+    return max(LEAST_CHUNK_TOKENS, CHUNK_ELEMENTS // d_sae)
 
 
 def select_top(

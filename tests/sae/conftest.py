@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saetools.sae import SAE, AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, SAEMetadata, TopK
+from saetools.sae import SAE, AbsTopK, Gated, JumpReLU, MatchingPursuit, ReLU, SAEMetadata, TopK, sparse
 from saetools.sae.weights import Weights
 
 
@@ -39,6 +39,12 @@ def _room(tensor: torch.Tensor) -> int:
     if tensor.layout == torch.sparse_csr:
         return tensor._nnz()
     return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are divided, too, where a test lowers the budget."""
+    monkeypatch.setattr(sparse, "LEAST_CHUNK_TOKENS", 1)
 
 
 @pytest.fixture
