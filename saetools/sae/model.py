@@ -122,7 +122,7 @@ class SAE(nn.Module):
             encode_dtype: for `TopK` in float32, a faster dtype for the product that proposes latents; the values, which
                 then choose among them, are computed in float32 in any case. `torch.bfloat16` takes half the time, and
                 `torch.int8`, on CPUs only, 0.4. With the shipped SAE the former chose the same latents and the latter
-                all but one in 75,000.
+                all but 8 in a million.
 
         Raises:
             InputError: if the width is not the SAE's, or `encode_dtype` does not suit it.
