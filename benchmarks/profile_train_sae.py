@@ -89,11 +89,11 @@ class Stopwatch:
 class Source:
     """Activations as `train_sae` wants them, four batches over and over."""
 
-    def __init__(self, acts: Tensor, stopwatch: Stopwatch) -> None:
-        self.acts, self.stopwatch = acts, stopwatch
+    def __init__(self, acts: Tensor, n_batches: int, stopwatch: Stopwatch) -> None:
+        self.acts, self._n_batches, self.stopwatch = acts, n_batches, stopwatch
 
     def n_batches(self, batch_size: int) -> int:
-        return WARM_UP_STEPS + STEPS + 1
+        return self._n_batches
 
     def epoch_batches(self, batch_size: int, *, seed: int, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
         return self.stopwatch.each(islice(cycle(self.acts.split(batch_size)), self.n_batches(batch_size)))
@@ -105,34 +105,43 @@ class Source:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go")
+    parser.add_argument("--quick", action="store_true", help="few small steps, to see that it runs; under a minute")
     arguments = parser.parse_args()
     if not arguments.json.parent.is_dir() or arguments.json.is_dir():
         parser.error(f"--json: expected a file in a folder that exists, received {arguments.json}")
     torch.set_num_threads(THREADS)
     machine = describe_machine()
     acts = torch.from_numpy(np.load(harvested(5 * BATCH), mmap_mode="c"))[: 4 * BATCH]
+    batch, d_sae, n_steps = (512, 1024, 5) if arguments.quick else (BATCH, 8192, STEPS)
+    stages = {encoder: _profile(acts, encoder, batch, d_sae, n_steps) for encoder in ("int8", "bfloat16", "float32")}
+    steps = {encoder: figures["step"] for encoder, figures in stages.items()}
     result = {
         "command": command("profile_train_sae.py"),
-        "shape": {"d_model": acts.shape[1], "d_sae": 8192, "k": 32, "batch": BATCH},
-        "method": {"threads": THREADS, "steps": STEPS, "warm_up_steps": WARM_UP_STEPS, "seconds": "of one step"},
+        "quick": arguments.quick,
+        "shape": {"d_model": acts.shape[1], "d_sae": d_sae, "k": 32, "batch": batch},
+        "method": {"threads": THREADS, "steps": n_steps, "warm_up_steps": WARM_UP_STEPS, "seconds": "of one step"},
         "machine": machine,
-        "stages": {encoder: _profile(acts, encoder) for encoder in ("int8", "bfloat16", "float32")},
+        "ratios": {  # of our steps, to the fastest of them
+            encoder: round(step["median"] / min(one["median"] for one in steps.values()), 4)
+            for encoder, step in steps.items()
+        },
+        "runs": {encoder: step["runs"] for encoder, step in steps.items()},
+        "stages": stages,
     }
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print_table(result)
 
 
-def _profile(acts: Tensor, encode_dtype: str) -> dict[str, Any]:
+def _profile(acts: Tensor, encode_dtype: str, batch: int, d_sae: int, n_steps: int) -> dict[str, Any]:
     stopwatch = Stopwatch()
     plain = [(owner, name, getattr(owner, name)) for _, owner, name in STAGES]
-    config = train.TrainConfig(
-        n_tokens=(WARM_UP_STEPS + STEPS + 1) * BATCH, batch_size=BATCH, encode_dtype=encode_dtype
-    )
+    n_batches = WARM_UP_STEPS + n_steps + 1
+    config = train.TrainConfig(d_sae=d_sae, n_tokens=n_batches * batch, batch_size=batch, encode_dtype=encode_dtype)
     try:
         for stage, owner, name in STAGES:
             setattr(owner, name, stopwatch.around(stage, getattr(owner, name)))
         with tempfile.TemporaryDirectory() as out:
-            train.train_sae(Source(acts, stopwatch), config, out)
+            train.train_sae(Source(acts, n_batches, stopwatch), config, out)
     finally:
         for owner, name, function in plain:
             setattr(owner, name, function)
