@@ -8,7 +8,6 @@ of the stages inside it.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import tempfile
@@ -16,20 +15,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from activations import harvested
 from interleave import summary
 from machine import describe_machine
-from results import command
 from torch import Tensor
 
 from saetools.sae import loss, sparse, train, trainer
 
-BATCH, THREADS, WARM_UP_STEPS, STEPS = 4096, 2, 3, 30
+BATCH, WARM_UP_STEPS, STEPS = 4096, 3, 30
 STAGES = [
     ("encoder product", loss, "select_top"),
     ("encoder product", sparse, "_propose"),
@@ -103,23 +101,23 @@ class Source:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go")
-    parser.add_argument("--quick", action="store_true", help="few small steps, to see that it runs; under a minute")
-    arguments = parser.parse_args()
-    if not arguments.json.parent.is_dir() or arguments.json.is_dir():
-        parser.error(f"--json: expected a file in a folder that exists, received {arguments.json}")
-    torch.set_num_threads(THREADS)
+    arguments = results.parse(results.parser("profile_train_sae.py", __doc__.splitlines()[0]))
+    torch.set_num_threads(arguments.threads)
     machine = describe_machine()
     acts = torch.from_numpy(np.load(harvested(5 * BATCH), mmap_mode="c"))[: 4 * BATCH]
     batch, d_sae, n_steps = (512, 1024, 5) if arguments.quick else (BATCH, 8192, STEPS)
     stages = {encoder: _profile(acts, encoder, batch, d_sae, n_steps) for encoder in ("int8", "bfloat16", "float32")}
     steps = {encoder: figures["step"] for encoder, figures in stages.items()}
     result = {
-        "command": command("profile_train_sae.py"),
+        "command": results.command("profile_train_sae.py", arguments),
         "quick": arguments.quick,
         "shape": {"d_model": acts.shape[1], "d_sae": d_sae, "k": 32, "batch": batch},
-        "method": {"threads": THREADS, "steps": n_steps, "warm_up_steps": WARM_UP_STEPS, "seconds": "of one step"},
+        "method": {
+            "threads": arguments.threads,
+            "steps": n_steps,
+            "warm_up_steps": WARM_UP_STEPS,
+            "seconds": "of one step",
+        },
         "machine": machine,
         "ratios": {  # of our steps, to the fastest of them
             encoder: round(step["median"] / min(one["median"] for one in steps.values()), 4)

@@ -58,7 +58,7 @@ def main() -> None:
     fvu = {name: [record.facts["fvu"] for record in each if record.error is None] for name, each in records.items()}
     peer_mean = statistics.mean(fvu[kinds[-1][0]])
     result = {
-        "command": results.command("quality_train_sae.py"),
+        "command": results.command("quality_train_sae.py", arguments),
         "date": datetime.date.today().isoformat(),
         "task": {
             **task,
@@ -84,17 +84,14 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps, a small SAE; under a minute")
+    parser = results.parser("quality_train_sae.py", __doc__.splitlines()[0])
     parser.add_argument("--activations", type=Path, metavar="FILE", help=".npy of float32 [token, d_model]")
     parser.add_argument("--steps", type=results.count, default=96)
     parser.add_argument("--batch", type=results.count, default=4096)
     parser.add_argument("--d-sae", type=results.count, default=8192)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seeds", type=int, choices=(1, 2, 3), default=3)
-    parser.add_argument("--threads", type=results.count, default=2)
-    arguments = parser.parse_args()
+    arguments = results.parse(parser)
     if arguments.quick:
         arguments.steps, arguments.batch, arguments.d_sae, arguments.seeds = 12, 512, 1024, 1
     return arguments

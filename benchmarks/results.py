@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import shlex
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,25 +20,27 @@ from interleave import Record, summary
 OURS = "saetools"
 
 
-def parser(script: str, description: str, *, rounds: int) -> argparse.ArgumentParser:
-    """The options of all benchmarks; add others, then parse with `parse`."""
+def parser(script: str, description: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The options of all benchmarks, `--rounds` of those with a number of them; add others, then parse with `parse`."""
     parser = argparse.ArgumentParser(
         usage=f"{script} --json FILE [options]", description=description, allow_abbrev=False
     )
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go")
     parser.add_argument("--quick", action="store_true", help="small and short, to see that it runs; under a minute")
     parser.add_argument("--threads", type=count, default=2)
-    parser.add_argument("--rounds", type=count, default=rounds, help="timed turns of each contestant, 7 or more")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=count, default=rounds, help="timed turns of each contestant, 7 or more")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Checked options."""
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.rounds = 3
-    elif arguments.rounds < 7:
-        parser.error(f"--rounds: expected 7 or more, for a median, received {arguments.rounds}")
+    if "rounds" in arguments:
+        if arguments.quick:
+            arguments.rounds = 3
+        elif arguments.rounds < 7:
+            parser.error(f"--rounds: expected 7 or more, for a median, received {arguments.rounds}")
     if not arguments.json.parent.is_dir() or arguments.json.is_dir():
         parser.error(f"--json: expected a file in a folder that exists, received {arguments.json}")
     return arguments
@@ -109,7 +109,7 @@ def write(
         facts: whatever else belongs into the file.
     """
     result = {
-        "command": command(script),
+        "command": command(script, arguments),
         "date": datetime.date.today().isoformat(),
         "quick": arguments.quick,
         **facts,
@@ -122,10 +122,14 @@ def write(
     _print_table(records, compared)
 
 
-def command(script: str) -> str:
-    """The call; of files only the names, for folders differ from machine to machine."""
-    arguments = (re.sub("(^|=).*/", r"\1", argument) for argument in sys.argv[1:])
-    return shlex.join(["python", f"benchmarks/{script}", *arguments])
+def command(script: str, arguments: argparse.Namespace) -> str:
+    """The call with all its options; of files only the names."""
+    words = ["python", f"benchmarks/{script}"]
+    for name, value in vars(arguments).items():
+        if value is not None and value is not False:
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True else [value.name if isinstance(value, Path) else str(value)]
+    return shlex.join(words)
 
 
 def _print_table(records: Sequence[Record], compared: dict[str, dict[str, Any]]) -> None:

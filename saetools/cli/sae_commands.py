@@ -129,7 +129,7 @@ class Verify(_OnModel):
         from saetools.evaluate import verify_sae
 
         rows, lm, sae, site = self.load()
-        with progress("verify", "attempts") as update:
+        with progress("verify", "batches") as update:
             verdict = verify_sae(sae, lm, rows, site=site, max_tokens=self.max_tokens, on_progress=update)
         here = verdict.fidelity.all
         print(f"{site} of {lm.name}: {here.n_tokens} tokens of {here.n_conversations} conversations")

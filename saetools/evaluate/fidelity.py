@@ -9,6 +9,7 @@ SAELens' `run_evals`. Fidelity tells nothing about what latents mean or cause: f
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,14 +158,7 @@ def measure_fidelity(
     if not any(len(one) > 1 + skip_first for one in tokenized):
         raise InputError("conversations", expected="tokens to predict", received="none", remedy="pass longer texts")
     batches = list(make_batches(tokenized, batch_tokens=batch_tokens))
-    n_done = 0
-
-    def tick() -> None:
-        nonlocal n_done
-        n_done += 1
-        if on_progress is not None:
-            on_progress(n_done, 2 * len(batches))
-
+    tick = ticker(on_progress, 2 * len(batches))
     with lm.active():
         blocks = stream_activations(lm, [site], tokenized, batch_tokens=batch_tokens, skip_first=skip_first)
         means = _role_means(blocks, site, sae.d_in, tick)
@@ -194,6 +188,18 @@ def measure_fidelity(
         "versions": versions(),
     }
     return Fidelity(dict(sums.figures(n_resamples, seed)), report.n_truncated, provenance)
+
+
+def ticker(on_progress: Callable[[int, int], None] | None, n: int) -> Callable[[], None]:
+    """What to call `n` times, once something is done each time."""
+    numbers = itertools.count(1)
+
+    def tick() -> None:
+        number = next(numbers)
+        if on_progress is not None:
+            on_progress(number, n)
+
+    return tick
 
 
 def _role_means(

@@ -20,7 +20,7 @@ from saetools.data.conversation import Conversation
 from saetools.data.tokenizing import Batch, make_batches, tokenize
 from saetools.diff import sae_site
 from saetools.errors import InputError
-from saetools.evaluate.fidelity import Fidelity, measure_fidelity
+from saetools.evaluate.fidelity import Fidelity, measure_fidelity, ticker
 from saetools.models.forward import read
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import locate
@@ -110,14 +110,7 @@ def verify_sae(
     fidelity = measure_fidelity(lm, sae, conversations, site=site, max_tokens=max_tokens)
     batches = list(make_batches(list(tokenize(conversations, lm.tokenizer, max_tokens=max_tokens))))
     elsewhere, views = _elsewhere(lm, site), _other_views(lm)
-    n_done = 0
-
-    def tick() -> None:
-        nonlocal n_done
-        n_done += 1
-        if on_progress is not None:
-            on_progress(n_done, len(batches) * (1 + len(views)))
-
+    tick = ticker(on_progress, len(batches) * (1 + len(views)))
     acts = _read(lm, sae, site, elsewhere, batches, tick)
     given = _fvu(sae, acts.counted)
     suspects = [
@@ -209,7 +202,7 @@ def _other_views(lm: LanguageModel) -> dict[str, LanguageModel]:
 
 
 def _undoings(sae: SAE, acts: _Activations) -> Iterator[tuple[str, str, SAE, Tensor]]:
-    """Faults of an SAE's files, the remedy, and the SAE and the activations with which each is undone."""
+    """Faults in how an SAE was written or is used, the remedy, and the SAE and activations that undo each."""
     x = acts.counted
     centred = "not " if sae.apply_b_dec_to_input else ""
     toggled = copy.copy(sae)

@@ -95,7 +95,7 @@ class TrainConfig:
         if not 0 <= self.decay_fraction <= 1:
             received = self.decay_fraction
             raise InputError("config.decay_fraction", expected="0 to 1", received=received, remedy="pick a share")
-        if isinstance(self.clip_norm, float) and not self.clip_norm > 0:
+        if self.longest_gradient is not None and not self.longest_gradient > 0:
             raise InputError("config.clip_norm", expected="more than 0", received=self.clip_norm, remedy="raise it")
         if self.weight_dtype not in ("float32", "float64"):
             raise InputError(

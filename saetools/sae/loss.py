@@ -82,8 +82,7 @@ def topk_step(
     """
     grads = empty_like(weights) if grads is None else grads
     centred = x - weights.b_dec
-    lengths = _lengths(weights.W_dec)
-    encoder, bias = torch.mul(weights.encoder, lengths[:, None], out=grads.encoder), weights.b_enc * lengths
+    encoder, bias, lengths = _by_length(weights.encoder, weights.b_enc, weights.W_dec, out=grads.encoder)
     strength, indices, pairs = _choose(centred, encoder, bias, min(k, len(bias)), encode_dtype)
     values = team.keep_top(strength.relu_(), k).div_(lengths[indices])
     error = centred - team.over_latents(combine(weights.W_dec, indices, values))
@@ -150,8 +149,7 @@ def batch_topk_step(
     grads = empty_like(weights) if grads is None else grads
     n_all = n_tokens(x, team)
     centred = x - weights.b_dec
-    lengths = _lengths(weights.W_dec)
-    encoder, bias = torch.mul(weights.encoder, lengths[:, None], out=grads.encoder), weights.b_enc * lengths
+    encoder, bias, lengths = _by_length(weights.encoder, weights.b_enc, weights.W_dec, out=grads.encoder)
     active = select_batch_top(centred.to(encode_dtype), encoder.to(encode_dtype).T, bias.to(encode_dtype), k * n_all)
     if team.size > 1:
         active = active[team.among_top(active.values, k * n_all).nonzero()[:, 0]]
@@ -269,8 +267,8 @@ def _add_aux(
     where = dead.nonzero()[:, 0]
     encoder, decoder = weights.encoder[where], weights.W_dec[where]
     k_own = min(k_aux, len(where))
-    lengths = _lengths(decoder)
-    strength, indices = select_top(centred, (encoder * lengths[:, None]).T, weights.b_enc[where] * lengths, k_own)
+    encoder, bias, lengths = _by_length(encoder, weights.b_enc[where], decoder, out=encoder)
+    strength, indices = select_top(centred, encoder.T, bias, k_own)
     n_empty = min(k_aux, n_dead) - k_own  # slots that only other processes fill
     strength = torch.nn.functional.pad(strength.relu_(), (0, n_empty))
     values = team.keep_top(strength, min(k_aux, n_dead))[:, :k_own] / lengths[indices]
@@ -286,9 +284,10 @@ def _add_aux(
     return scale * team.over_tokens(_square_sum(rest))
 
 
-def _lengths(rows: Tensor) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return lengths.clamp_min_(1e-8)
+def _by_length(encoder: Tensor, bias: Tensor, decoder: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Encoder, written to `out`, and bias times the lengths of decoder rows, as latents are chosen; and the lengths."""
+    lengths = torch.linalg.vector_norm(decoder, dim=1).clamp_min_(1e-8)
+    return torch.mul(encoder, lengths[:, None], out=out), bias * lengths, lengths
 
 
 def _square_sum(x: Tensor) -> Tensor:

@@ -427,6 +427,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path):
         ({"lr": math.nan}, "config.lr: expected a finite number above 0, received nan"),
         ({"decay_fraction": 2.0}, "config.decay_fraction: expected 0 to 1"),
         ({"clip_norm": 0.0}, "config.clip_norm: expected more than 0"),
+        ({"clip_norm": -1.0}, "config.clip_norm: expected more than 0"),
         ({"encode_dtype": "float16"}, "config.encode_dtype: expected float32 or bfloat16 or int8 for TopK"),
         ({"encode_dtype": "int8", "loss": BatchTopKLoss(k=3)}, "expected float32 or bfloat16 for BatchTopKLoss"),
         ({"loss": TopKLoss(k=49)}, "loss.k: expected 1 to d_sae = 48, received 49"),
