@@ -117,7 +117,9 @@ def test_no_package_imports_its_own_facade() -> None:
         assert not own or own == "cli" or own not in imports(path, modules()), module
 
 
-@pytest.mark.parametrize("package", ["", "activations", "data", "evaluate", "finetune", "models", "report", "sae"])
+@pytest.mark.parametrize(
+    "package", ["", "activations", "data", "evaluate", "finetune", "interpret", "latents", "models", "report", "sae"]
+)
 def test_public_names_are_sorted_importable_and_documented(package: str) -> None:
     module = importlib.import_module(f"saetools.{package}".rstrip("."))
     names = list(module.__all__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Role
-from saetools.data.tokenizing import Batch, TokenizedConversation, TokenizeReport, pad, tokenize
+from saetools.data.tokenizing import Batch, TokenizedConversation, TokenizeReport, pad, tokenize, tokens_sha256
 from saetools.errors import InputError, NonFiniteError
 from saetools.models.forward import final_hidden, log_probs
 from saetools.models.language_model import LanguageModel
 from saetools.models.quiet import quiet
-from saetools.provenance import sha256_of_texts, versions, write_json
+from saetools.provenance import versions, write_json
 
+CHECKPOINTS = "checkpoints"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,6 +54,8 @@ class FinetuneConfig:
     """Dtype of the saved adapter; the returned view is rounded to it, so that both are the same model."""
     seed: int = 0
     """Of the adapter's initial weights and the order of the data."""
+    checkpoint_every: int | None = None
+    """Save the adapter every so many steps as well, each time to a folder of its own: `checkpoints/step-00010`."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def finetune_lora(
         lm: the model to start from; must have no adapter active.
         conversations: chats that end with an answer.
         config: settings.
-        out: folder for the adapter and `finetune.jsonl`, the log.
+        out: folder for the adapter, `finetune.json` (settings and hashes) and `finetune.jsonl` (the log).
         name: the adapter's name on this model.
         on_progress: called after every step.
 
@@ -103,7 +107,17 @@ def finetune_lora(
     tuned = _inject(lm, config, name)
     try:
         _train(tuned, tokenized, config, out, on_progress)
-        _save(tuned, out, config, report, tokenized, name)
+        _save_adapter(tuned, out, config)
+        facts = {
+            "base": {"name": tuned.name, **tuned.provenance},
+            "config": dataclasses.asdict(config),
+            "n_conversations": len(tokenized),
+            "n_tokens": report.n_tokens,
+            "n_truncated": report.n_truncated,
+            "data_sha256": tokens_sha256(tokenized, "token_ids"),
+            "versions": versions(),
+        }
+        write_json(out / "finetune.json", facts)
     except BaseException:
         tuned.peft.delete_adapter(name)
         raise
@@ -124,6 +138,7 @@ def _train(
     n_steps = per_epoch * config.epochs
     generator = torch.Generator().manual_seed(config.seed)
     out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # of an adapter that this one replaces
     started = time.perf_counter()
 
     with tuned.active(), (out / "finetune.jsonl").open("w", encoding="utf-8", buffering=1) as log:
@@ -150,6 +165,8 @@ def _train(
             started = time.perf_counter()
             progress = FinetuneProgress(step + 1, n_steps, float(loss.detach()), lr, rate)
             log.write(json.dumps(dataclasses.asdict(progress)) + "\n")
+            if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
+                _save_adapter(tuned, out / CHECKPOINTS / f"step-{step + 1:05d}", config)
             if on_progress is not None:
                 on_progress(progress)
 
@@ -178,8 +195,8 @@ def _check(lm: LanguageModel, tokenized: Sequence[TokenizedConversation], config
             received=f"active {lm.adapter!r}, loaded {', '.join(lm.adapters) or 'none'}",
             remedy="pass lm.base, and another name",
         )
-    for field in ("rank", "batch_size", "epochs"):
-        if getattr(config, field) < 1:
+    for field in ("rank", "batch_size", "epochs", "checkpoint_every"):
+        if getattr(config, field) is not None and getattr(config, field) < 1:
             raise InputError(field, expected="1 or more", received=getattr(config, field), remedy="raise it")
     for field in ("lr", "alpha", "max_tokens"):
         if not 0 < getattr(config, field) < math.inf:
@@ -221,16 +238,11 @@ def _inject(lm: LanguageModel, config: FinetuneConfig, name: str) -> LanguageMod
     return dataclasses.replace(lm, peft=peft, adapter=name)
 
 
-def _save(
-    tuned: LanguageModel,
-    out: Path,
-    config: FinetuneConfig,
-    report: TokenizeReport,
-    tokenized: Sequence[TokenizedConversation],
-    name: str,
-) -> None:
+def _save_adapter(tuned: LanguageModel, out: Path, config: FinetuneConfig) -> None:
+    """Write the adapter in PEFT's format, rounded to the dtype of storage."""
     from safetensors.torch import load_file, save_file
 
+    name = str(tuned.adapter)
     tuned.peft.peft_config[name].base_model_name_or_path = tuned.name  # not a folder of this machine
     with quiet():
         tuned.peft.save_pretrained(out, selected_adapters=[name], save_embedding_layers=False)
@@ -243,13 +255,3 @@ def _save(
     weights = out / "adapter_model.safetensors"
     stored = {key: tensor.to(getattr(torch, config.storage_dtype)) for key, tensor in load_file(weights).items()}
     save_file(stored, weights, metadata={"format": "pt"})
-    facts = {
-        "base": {"name": tuned.name, **tuned.provenance},
-        "config": dataclasses.asdict(config),
-        "n_conversations": len(tokenized),
-        "n_tokens": report.n_tokens,
-        "n_truncated": report.n_truncated,
-        "data_sha256": sha256_of_texts(" ".join(map(str, one.token_ids.tolist())) for one in tokenized),
-        "versions": versions(),
-    }
-    write_json(out / "finetune.json", facts)
