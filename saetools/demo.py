@@ -21,7 +21,7 @@ from saetools.data.shipped import (
     load_voices,
     shipped_path,
 )
-from saetools.diff import LatentDiff, diff_latents, sae_site
+from saetools.diff import DiffConfig, LatentDiff, diff_latents
 from saetools.evaluate.dose import DoseResponse, dose_response
 from saetools.evaluate.fidelity import measure_fidelity
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
@@ -33,6 +33,7 @@ from saetools.models.load import load_model
 from saetools.provenance import sha256_of_texts, versions
 from saetools.report.value import AnswerRow, DoseRow, LatentRow, ModelScore, PersonaReport
 from saetools.report.write import write_report
+from saetools.sae.identity import sae_site
 from saetools.sae.io import load_sae
 from saetools.sae.model import SAE
 from saetools.stats import Estimate
@@ -117,8 +118,9 @@ def run_demo(
     }
     stage("diff")
     read = _base_answers(base, config)
+    settings = DiffConfig(seed=config.seed)
     diff, twin_diff = (
-        diff_latents(base, model, sae, read, positions="response", seed=config.seed) for model in (organism, twin)
+        diff_latents(base, model, sae, read, positions="response", config=settings) for model in (organism, twin)
     )
     diff.save(out)
     chosen = choose_latents(diff, config.n_latents)

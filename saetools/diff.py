@@ -1,75 +1,132 @@
 """Which latents a fine-tune changed: the same tokens through base and tuned model, read with one SAE.
 
-For every latent: mean activation and firing rate in both models, the paired change with a bootstrap interval over
-conversations, and a rank (arXiv 2506.19823). Use it on text that both models read. It does not tell whether a latent
-causes anything: for that, steer. It does not see latents that only the tuned model has: for that, a crosscoder.
+For every latent and token role: mean, firing rate and quantiles of activations in both models, the paired change with
+a bootstrap interval over conversations, a p-value and a false discovery rate, and a rank (arXiv 2506.19823). Use it on
+text that both models read. It does not tell whether a latent causes anything: for that, `evaluate.certify_latents`.
+It does not see latents that only the tuned model has: for that, a crosscoder; whether the SAE sees the change at all
+stands in `LatentDiff.adequacy`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from saetools.activations.stream import stream_activations
+from saetools.adequacy import Adequacy, AdequacySums
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
 from saetools.data.template import render
-from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize
-from saetools.errors import InputError, IntegrityError
+from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize, tokens_sha256
+from saetools.errors import InputError, IntegrityError, SaetoolsWarning
+from saetools.latents.reading import QUANTILES, LatentReader, RoleReading
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair
 from saetools.models.site import Site
-from saetools.provenance import sha256_of_file, sha256_of_texts, versions, write_json
+from saetools.provenance import sha256_of_file, versions, write_json
+from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
-from saetools.sae.sparse import SparseLatents
+from saetools.significance import bca_intervals, false_discovery_rates, sign_flip_p_values
 from saetools.stats import bootstrap_weights
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     import polars as pl
 
-_TABLE, _FACTS = "latents.parquet", "diff.json"
+_TABLE, _CONVERSATIONS, _REST = "latents.parquet", "conversations.parquet", "rest.safetensors"
+_FACTS = "diff.json"
+FDR = 0.05
+"""The false discovery rate at which a latent counts as changed."""
 
 
 @dataclass(frozen=True)
 class LatentDiff:
-    """Base against tuned, latent by latent.
+    """Base against tuned, latent by latent, at the positions of one or several roles.
 
     Args:
-        table: one row per latent, by `latent`: `mean_base`, `mean_tuned` (activation, averaged over the tokens of a
-            conversation and then over conversations), `rate_base`, `rate_tuned` (share of tokens on which it is active,
-            averaged alike), `delta` = mean_tuned - mean_base with its 95 % interval `low`, `high` and standard error
-            `se`, `effect` = delta / sd over conversations (0 if the sd is), `rank` (1 = largest increase),
-            `n_conversations`.
-        provenance: models, SAE, data, positions, seed, versions.
+        table: one row per role and latent, by `positions` and `latent`: `mean_base`, `mean_tuned` (activation, averaged
+            over the tokens of a conversation and then over conversations), `rate_base`, `rate_tuned` (share of tokens
+            on which it is active, averaged alike), `max_base`, `max_tuned` and the quantiles `p50_base` to `p99_tuned`
+            (of its sizes over the tokens where it is active); `delta` = mean_tuned - mean_base with its 95 % interval
+            `low`, `high` (BCa bootstrap over conversations) and standard error `se`, `effect` = delta / sd over
+            conversations (0 if the sd is), `rate_delta`, `n_active` = conversations in which it is active in either
+            model, `p_value` (sign flips, two-sided) and `q_value` (the false discovery rate at which it counts as
+            changed), both null for latents with too few of them, `rank` (1 = largest increase), `n_conversations`.
+        conversations: one row for each role, conversation and latent that is active there in either model:
+            `positions`, `conversation` (index), `latent`, `base`, `tuned` (mean activation over its tokens).
+        adequacy: whether the SAE sees the change, by role.
+        provenance: models, SAE, data, positions, settings, seed, versions.
     """
 
     table: pl.DataFrame
+    conversations: pl.DataFrame
+    adequacy: Mapping[Positions, Adequacy]
     provenance: dict[str, Any]
 
-    def top(self, n: int, *, decreases: bool = False) -> pl.DataFrame:
-        """The n largest increases, or decreases, of mean activation; largest first.
+    @property
+    def positions(self) -> tuple[Positions, ...]:
+        """The roles that were read."""
+        return tuple(self.adequacy)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why not to trust it, with the role that each concerns; empty if nothing speaks against it."""
+        return tuple(f"{role}: {text}" for role, one in self.adequacy.items() for text in one.warnings)
+
+    def at(self, positions: Positions) -> LatentDiff:
+        """The same for one role.
 
         Raises:
-            InputError: if n is not positive.
+            InputError: for a role that was not read.
+        """
+        import polars as pl
+
+        if positions not in self.adequacy:
+            raise InputError(
+                "positions",
+                expected="one of " + ", ".join(self.positions),
+                received=repr(positions),
+                remedy="pick one that was read, or diff again",
+            )
+        here = pl.col("positions") == positions
+        return LatentDiff(
+            self.table.filter(here),
+            self.conversations.filter(here),
+            {positions: self.adequacy[positions]},
+            self.provenance,
+        )
+
+    def top(self, n: int, *, decreases: bool = False) -> pl.DataFrame:
+        """The n largest increases, or decreases, of mean activation at one role; largest first.
+
+        Raises:
+            InputError: if n is not positive, or several roles were read.
         """
         if n < 1:
             raise InputError("n", expected="1 or more", received=n, remedy="ask for at least one latent")
+        self._check_single()
         return self.table.sort("delta", descending=not decreases, maintain_order=True).head(n)
 
     def figure(self, *, n_labels: int = 10) -> go.Figure:
-        """Change against effect size, one dot per latent that fires at all, the largest named."""
+        """Change against effect size at one role, one dot per latent that fires at all, the largest named.
+
+        Raises:
+            InputError: if several roles were read.
+        """
         import plotly.graph_objects as go
         import polars as pl
 
+        self._check_single()
         table = self.table.filter((pl.col("rate_base") > 0) | (pl.col("rate_tuned") > 0))
         named = set(self.top(n_labels)["latent"]) | set(self.top(n_labels // 2, decreases=True)["latent"])
         hover = [
@@ -98,14 +155,27 @@ class LatentDiff:
         return figure
 
     def save(self, path: str | Path) -> Path:
-        """Write `latents.parquet` and `diff.json` (provenance) into a folder; the JSON is written last."""
+        """Write `latents.parquet`, `conversations.parquet`, `rest.safetensors` (what the SAE does not see) and
+        `diff.json` (all else) into a folder, the JSON last.
+        """
+        from safetensors.torch import save_file
+
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         (path / _FACTS).unlink(missing_ok=True)
-        temporary = path / f".{_TABLE}.tmp"
-        self.table.write_parquet(temporary)
-        temporary.replace(path / _TABLE)
-        write_json(path / _FACTS, {"provenance": self.provenance, "table_sha256": sha256_of_file(path / _TABLE)})
+        for name, frame in ((_TABLE, self.table), (_CONVERSATIONS, self.conversations)):
+            temporary = path / f".{name}.tmp"
+            frame.write_parquet(temporary)
+            temporary.replace(path / name)
+        save_file({role: one.rest_directions for role, one in self.adequacy.items()}, path / _REST)
+        hashes = {name: sha256_of_file(path / name) for name in (_TABLE, _CONVERSATIONS, _REST)}
+        facts = {
+            "provenance": self.provenance,
+            "warnings": self.warnings,
+            "adequacy": {role: one.to_json() for role, one in self.adequacy.items()},
+            "sha256": hashes,
+        }
+        write_json(path / _FACTS, facts)
         return path
 
     @classmethod
@@ -114,23 +184,71 @@ class LatentDiff:
 
         Raises:
             InputError: if the folder holds no diff.
-            IntegrityError: if a file is damaged, or the table is not the one that was saved.
+            IntegrityError: if a file is damaged, or a table is not the one that was saved.
         """
         import polars as pl
+        from safetensors.torch import load_file
 
         path = Path(path)
-        if not (path / _FACTS).is_file() or not (path / _TABLE).is_file():
+        if not all((path / name).is_file() for name in (_TABLE, _CONVERSATIONS, _REST, _FACTS)):
             raise InputError(
-                "path", expected=f"a folder with {_TABLE} and {_FACTS}", received=str(path), remedy="save a diff there"
+                "path",
+                expected=f"a folder with {_TABLE}, {_CONVERSATIONS}, {_REST} and {_FACTS}",
+                received=str(path),
+                remedy="save a diff there",
             )
         try:
             facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
-            expected, provenance = facts["table_sha256"], facts["provenance"]
-        except (ValueError, KeyError, TypeError) as error:
+            hashes, provenance = facts["sha256"], facts["provenance"]
+            changed = [name for name, expected in hashes.items() if sha256_of_file(path / name) != expected]
+            adequacy = {} if changed else _adequacy(facts["adequacy"], load_file(path / _REST))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{path / _FACTS} is damaged ({error!r}); make the diff again") from error
-        if sha256_of_file(path / _TABLE) != expected:
-            raise IntegrityError(f"{path / _TABLE} has changed since it was saved; make the diff again")
-        return cls(pl.read_parquet(path / _TABLE), provenance)
+        if changed:
+            raise IntegrityError(f"{path / changed[0]} has changed since it was saved; make the diff again")
+        return cls(pl.read_parquet(path / _TABLE), pl.read_parquet(path / _CONVERSATIONS), adequacy, provenance)
+
+    def summary(self, n: int) -> dict[str, Any]:
+        """The n largest increases of each role, with adequacy, warnings and provenance, as plain values."""
+        return {
+            "warnings": list(self.warnings),
+            "positions": {
+                role: {
+                    "adequacy": one.to_json(),
+                    "n_tested": int(self.at(role).table["q_value"].is_not_null().sum()),
+                    "n_changed": int((self.at(role).table["q_value"] <= FDR).sum()),
+                    "top": self.at(role).top(n).drop("positions").to_dicts(),
+                }
+                for role, one in self.adequacy.items()
+            },
+            "provenance": self.provenance,
+        }
+
+    def _check_single(self) -> None:
+        if len(self.adequacy) != 1:
+            raise InputError(
+                "positions", expected="one role", received=", ".join(self.positions), remedy="pick one with .at(...)"
+            )
+
+
+def _adequacy(figures: dict[str, Any], rest: Mapping[str, Tensor]) -> dict[Positions, Adequacy]:
+    return {role: Adequacy.from_json(one, rest[role]) for role, one in figures.items()}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class DiffConfig:
+    """Settings of a diff."""
+
+    max_tokens: int | None = None
+    """Longer conversations are cut, and counted in the provenance."""
+    min_active: int = 10
+    """Latents active in fewer conversations, in either model, are not tested; this does not look at the change."""
+    n_resamples: int = 2000
+    """Of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap and of random decoder rows."""
+    batch_tokens: int = 4096
+    """Padded tokens of a forward pass."""
 
 
 def diff_latents(
@@ -139,31 +257,26 @@ def diff_latents(
     sae: SAE,
     conversations: Sequence[Conversation],
     *,
-    positions: Positions,
+    positions: Positions | Sequence[Positions] = "prompt",
     site: Site | None = None,
-    max_tokens: int | None = None,
-    n_resamples: int = 1000,
-    seed: int = 0,
-    batch_tokens: int = 4096,
+    config: DiffConfig = DiffConfig(),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentDiff:
     """Read the same conversations with both models and compare latent activations.
 
     The unit of statistics is the conversation: activations are averaged over its tokens, the change is paired. First
-    positions (attention sinks) do not count. Memory is d_sae x resamples, whatever the number of tokens.
+    positions (attention sinks) do not count. Memory grows with the active latents of conversations, never with tokens x
+    d_sae. A `SaetoolsWarning` says where the SAE is blind to the change.
 
     Args:
         base: the model before the fine-tune.
         tuned: the model after it; a view of the same weights or another model.
         sae: an SAE of the base model.
-        conversations: what both read.
-        positions: which tokens count: `prompt`, `last_prompt`, `header`, `response`, `template` or `all`. For `header`
-            and `last_prompt` prompts without answers are read with the tokens that open an answer.
+        conversations: what both read. Prompts without answers are read with the tokens that open an answer.
+        positions: which tokens count: `prompt`, `last_prompt`, `header`, `response`, `template` or `all`; or several,
+            from the same passes.
         site: where the SAE reads; by default what its metadata says.
-        max_tokens: longer conversations are cut (and counted in the provenance).
-        n_resamples: bootstrap resamples.
-        seed: of the bootstrap.
-        batch_tokens: padded tokens of a forward pass.
+        config: settings.
         on_progress: called with conversations done and in all.
 
     Raises:
@@ -171,170 +284,179 @@ def diff_latents(
             two conversations with such tokens.
     """
     site = site or sae_site(sae)
-    if sae.d_in != base.d_model:
-        raise InputError(
-            "sae", expected=f"an SAE of width {base.d_model}", received=sae.d_in, remedy="load an SAE of this model"
-        )
-    if n_resamples < 1:
-        raise InputError("n_resamples", expected="1 or more", received=n_resamples, remedy="1000 is usual")
+    roles: tuple[Positions, ...] = (positions,) if isinstance(positions, str) else tuple(dict.fromkeys(positions))
+    check_diff(base, tuned, sae, conversations, config)
     report = TokenizeReport()
-    # What opens an answer is there only if an answer follows, or is asked for.
-    opens = positions in ("header", "last_prompt") and all(one.is_prompt for one in conversations)
-    tokenized = list(
-        tokenize(conversations, base.tokenizer, max_tokens=max_tokens, add_generation_prompt=opens, report=report)
-    )
-    check_pair(base, tuned, () if base.tokenizer is tuned.tokenizer else _texts(base, conversations))
-    tokenized = [one for one in tokenized if bool(select_positions(one.roles[1:], positions).any())]
-    if len(tokenized) < 2:
-        raise InputError(
-            "conversations",
-            expected=f"two or more with tokens at {positions!r}",
-            received=f"{len(tokenized)} of {len(conversations)}",
-            remedy="pass more conversations, or other positions",
-        )
-    sums = _Sums(len(tokenized), sae.d_sae, n_resamples, seed)
-    for start in range(0, len(tokenized), _BLOCK):
-        block = tokenized[start : start + _BLOCK]
-        before, after = (
-            _conversation_means(lm, sae, site, block, positions, batch_tokens=batch_tokens) for lm in (base, tuned)
-        )
-        sums.add(start, before, after)
+    tokenized = tokenize_for(conversations, base, roles, config.max_tokens, report)
+    readers = {side: LatentReader(len(tokenized), sae.d_sae, roles) for side in ("base", "tuned")}
+    adequacy = AdequacySums(sae, site, len(tokenized), roles, seed=config.seed)
+    streams = (stream_activations(lm, [site], tokenized, batch_tokens=config.batch_tokens) for lm in (base, tuned))
+    done = 0
+    for before, after in zip(*streams, strict=True):
+        latents = [sae.encode(block.acts[site].to(sae.W_dec.device)) for block in (before, after)]
+        for reader, block, own in zip(readers.values(), (before, after), latents, strict=True):
+            reader.add(block, own)
+        adequacy.add(before, after, *latents)
+        done += len(torch.unique(before.documents))
         if on_progress is not None:
-            on_progress(start + len(block), len(tokenized))
+            on_progress(done, len(tokenized))
     provenance = {
         "base": {"name": base.name, "adapter": base.adapter, **base.provenance},
         "tuned": {"name": tuned.name, "adapter": tuned.adapter, **tuned.provenance},
         "sae": sae_sha256(sae),
         "site": str(site),
-        "positions": positions,
+        "positions": list(roles),
         "n_conversations": len(tokenized),
         "n_truncated": report.n_truncated,
-        "data_sha256": sha256_of_texts(" ".join(map(str, one.token_ids.tolist())) for one in tokenized),
-        "n_resamples": n_resamples,
-        "seed": seed,
+        "data_sha256": tokens_sha256(tokenized, "token_ids"),
+        "config": dataclasses.asdict(config),
         "versions": versions(),
     }
-    return LatentDiff(sums.table(), provenance)
+    readings = [reader.readings() for reader in readers.values()]
+    table, pairs = compare_readings(*readings, config=config)
+    figures = adequacy.figures(n_resamples=config.n_resamples, seed=config.seed)
+    found = LatentDiff(table, pairs, figures, provenance)
+    for text in found.warnings:
+        warnings.warn(f"{tuned.name} against {base.name}, {text}", SaetoolsWarning, stacklevel=2)
+    return found
 
 
-def _texts(base: LanguageModel, conversations: Sequence[Conversation]) -> list[str]:
-    """What both tokenizers have to split alike."""
-    return [render(one, base.tokenizer) if one.text is None else one.text for one in conversations]
-
-
-def sae_site(sae: SAE) -> Site:
-    """The site an SAE was trained on, by its metadata.
+def check_diff(
+    base: LanguageModel, tuned: LanguageModel, sae: SAE, conversations: Sequence[Conversation], config: DiffConfig
+) -> None:
+    """Refuse models, SAEs and settings that do not go together.
 
     Raises:
-        InputError: if the metadata does not say.
+        InputError: if they do not.
     """
-    if not sae.metadata.site:
+    if sae.d_in != base.d_model:
         raise InputError(
-            "site", expected="a site", received="none, and the SAE does not name its own", remedy="pass site="
+            "sae", expected=f"an SAE of width {base.d_model}", received=sae.d_in, remedy="load an SAE of this model"
         )
-    return Site.parse(sae.metadata.site)
+    for name in ("n_resamples", "min_active"):
+        if getattr(config, name) < 1:
+            raise InputError(name, expected="1 or more", received=getattr(config, name), remedy="see the default")
+    if base.tokenizer is tuned.tokenizer:
+        check_pair(base, tuned, ())
+    else:  # both have to split the same texts alike
+        texts = [render(one, base.tokenizer) if one.text is None else one.text for one in conversations]
+        check_pair(base, tuned, texts)
 
 
-def sae_sha256(sae: SAE) -> str:
-    """SHA-256 over the weights of an SAE in memory, in hexadecimal."""
-    digest = hashlib.sha256()
-    for weight in sae.parameters():
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-_QUANTILE_LATENTS = 1024
-_BLOCK = 64  # conversations whose means over tokens exist at the same time, [block, d_sae]
-
-
-@dataclass(frozen=True)
-class _Means:
-    acts: Float[Tensor, "conversation d_sae"]
-    rates: Float[Tensor, "conversation d_sae"]
-
-
-def _conversation_means(
+def tokenize_for(
+    conversations: Sequence[Conversation],
     lm: LanguageModel,
-    sae: SAE,
-    site: Site,
-    conversations: Sequence[TokenizedConversation],
-    positions: Positions,
-    *,
-    batch_tokens: int,
-) -> _Means:
-    """Mean activation and firing rate of every latent in every conversation, over its tokens at some positions."""
-    acts = torch.zeros(len(conversations), sae.d_sae)
-    rates = torch.zeros(len(conversations), sae.d_sae)
-    counts = torch.zeros(len(conversations))
-    for block in stream_activations(lm, [site], conversations, batch_tokens=batch_tokens):
-        chosen = select_positions(block.roles, positions)
-        latents = sae.encode(block.acts[site][chosen.to(block.acts[site].device)].to(sae.W_dec.device))
-        rows = block.documents[chosen]
-        _add_sums(acts, latents, rows, latents.values)
-        _add_sums(rates, latents, rows, (latents.values != 0).float())
-        counts.index_add_(0, rows, torch.ones(len(rows)))
-    return _Means(acts / counts[:, None], rates / counts[:, None])
+    positions: Sequence[Positions],
+    max_tokens: int | None,
+    report: TokenizeReport,
+) -> list[TokenizedConversation]:
+    """Tokenise conversations, prompts with the tokens that open an answer, and keep those with tokens at any role.
+
+    Raises:
+        InputError: if fewer than two have tokens at one of the roles, first positions aside.
+    """
+    opens = all(one.is_prompt for one in conversations)
+    tokenized = list(
+        tokenize(conversations, lm.tokenizer, max_tokens=max_tokens, add_generation_prompt=opens, report=report)
+    )
+    kept = [False] * len(tokenized)
+    for role in positions:
+        have = [bool(select_positions(one.roles[1:], role).any()) for one in tokenized]
+        if sum(have) < 2:
+            raise InputError(
+                "conversations",
+                expected=f"two or more with tokens at {role!r}",
+                received=f"{sum(have)} of {len(conversations)}",
+                remedy="pass more conversations, or other positions",
+            )
+        kept = [one or own for one, own in zip(kept, have, strict=True)]
+    return [one for one, keep in zip(tokenized, kept, strict=True) if keep]
 
 
-def _add_sums(
-    totals: Float[Tensor, "conversation d_sae"],
-    latents: SparseLatents,
-    rows: Int[Tensor, " token"],
-    values: Float[Tensor, "token slot"],
-) -> None:
-    cells = rows[:, None] * totals.shape[1] + latents.indices.cpu()
-    totals.view(-1).index_add_(0, cells.flatten(), values.float().cpu().flatten())
+def compare_readings(
+    base: Mapping[Positions, RoleReading], tuned: Mapping[Positions, RoleReading], *, config: DiffConfig
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The tables of a `LatentDiff` from what each model's latents did on the same conversations."""
+    import polars as pl
+
+    tables, pairs = zip(*(_compare(role, base[role], tuned[role], config) for role in base), strict=True)
+    return pl.concat(tables), pl.concat(pairs)
 
 
-class _Sums:
-    """Running sums over conversations, and over those of every bootstrap resample."""
+def _compare(
+    role: Positions, base: RoleReading, tuned: RoleReading, config: DiffConfig
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    import polars as pl
 
-    def __init__(self, n: int, d_sae: int, n_resamples: int, seed: int) -> None:
-        self.n = n
-        self.weights = bootstrap_weights(n, n_resamples, seed=seed)
-        self.resampled = torch.zeros(n_resamples, d_sae)
-        self.totals = {
-            name: torch.zeros(d_sae, dtype=torch.double)
-            for name in ("mean_base", "mean_tuned", "rate_base", "rate_tuned", "delta_squared")
+    d_sae, units = base.d_sae, (base.n_tokens > 0).nonzero()[:, 0]
+    n = len(units)
+    unit_of = torch.full((len(base.n_tokens),), -1)
+    unit_of[units] = torch.arange(n)
+    # Pairs of either model, by latent and then by unit.
+    keys = [side.latent * n + unit_of[side.conversation] for side in (base, tuned)]
+    either, place = torch.unique(torch.cat(keys), return_inverse=True)
+    places = torch.split(place, [len(own) for own in keys])
+    sides = {"base": base, "tuned": tuned}
+    both = [
+        torch.zeros(len(either)).index_copy_(0, at, side.mean) for at, side in zip(places, sides.values(), strict=True)
+    ]
+    latent, unit = either // n, either % n
+    deltas = (both[1] - both[0]).double()
+
+    def mean(values: Tensor, latents: Tensor) -> Tensor:
+        return torch.zeros(d_sae, dtype=torch.double).index_add_(0, latents, values.double()) / n
+
+    means = {side: mean(one.mean, one.latent) for side, one in sides.items()}
+    rates = {side: mean(one.rate, one.latent) for side, one in sides.items()}
+    delta = mean(deltas, latent)
+    sd = ((mean(deltas.square(), latent) - delta.square()).clamp_min(0) * (n / (n - 1))).sqrt()
+    weights = bootstrap_weights(n, config.n_resamples, seed=config.seed)
+    low, high = bca_intervals(deltas, latent, unit, d_sae, weights)
+    n_active = torch.bincount(latent, minlength=d_sae)
+    tested = n_active >= config.min_active
+    p_values = torch.full((d_sae,), math.nan, dtype=torch.double)
+    p_values[tested] = sign_flip_p_values(deltas, latent, d_sae)[tested]
+    q_values = p_values.clone()
+    q_values[tested] = false_discovery_rates(p_values[tested])
+    columns = {
+        "latent": torch.arange(d_sae),
+        **{f"mean_{side}": means[side] for side in sides},
+        **{f"rate_{side}": rates[side] for side in sides},
+        **{f"max_{side}": one.max for side, one in sides.items()},
+        **{
+            f"p{100 * q:.0f}_{side}": one.quantiles[number]
+            for number, q in enumerate(QUANTILES)
+            for side, one in sides.items()
+        },
+        "delta": delta,
+        "low": low,
+        "high": high,
+        "se": sd / n**0.5,
+        "effect": torch.where(sd > 0, delta / sd, 0.0),
+        "rate_delta": rates["tuned"] - rates["base"],
+        "n_active": n_active,
+        "p_value": p_values,
+        "q_value": q_values,
+        "rank": ranks(delta),
+        "n_conversations": torch.full((d_sae,), n),
+    }
+    table = pl.DataFrame({name: values.numpy() for name, values in columns.items()})
+    pairs = pl.DataFrame(
+        {
+            "conversation": units[unit].to(torch.int32).numpy(),
+            "latent": latent.to(torch.int32).numpy(),
+            "base": both[0].numpy(),
+            "tuned": both[1].numpy(),
         }
+    )
+    named = pl.lit(role).alias("positions")
+    return table.select(named, pl.all()).with_columns(pl.col("p_value", "q_value").fill_nan(None)), pairs.select(
+        named, pl.all()
+    )
 
-    def add(self, start: int, base: _Means, tuned: _Means) -> None:
-        delta = tuned.acts - base.acts
-        self.resampled.addmm_(self.weights[:, start : start + len(delta)], delta)
-        for name, values in (
-            ("mean_base", base.acts),
-            ("mean_tuned", tuned.acts),
-            ("rate_base", base.rates),
-            ("rate_tuned", tuned.rates),
-            ("delta_squared", delta.double().square()),
-        ):
-            self.totals[name] += values.double().sum(0)
 
-    def table(self) -> pl.DataFrame:
-        import polars as pl
-
-        means = {name: total / self.n for name, total in self.totals.items()}
-        delta = means["mean_tuned"] - means["mean_base"]
-        variance = (means["delta_squared"] - delta.square()).clamp_min(0) * (self.n / (self.n - 1))
-        sd = variance.sqrt()
-        effect = torch.where(sd > 0, delta / sd, 0.0)
-        ends = torch.tensor([0.025, 0.975])  # some latents at a time: torch.quantile takes 2^24 numbers at most
-        parts = [torch.quantile(part, ends, dim=0) for part in torch.split(self.resampled, _QUANTILE_LATENTS, 1)]
-        low, high = torch.cat(parts, dim=1).double()
-        rank = torch.empty(len(delta), dtype=torch.long)
-        rank[torch.argsort(-delta, stable=True)] = torch.arange(1, len(delta) + 1)
-        columns = {
-            "latent": torch.arange(len(delta)),
-            "mean_base": means["mean_base"],
-            "mean_tuned": means["mean_tuned"],
-            "rate_base": means["rate_base"],
-            "rate_tuned": means["rate_tuned"],
-            "delta": delta,
-            "low": low,
-            "high": high,
-            "se": sd / self.n**0.5,
-            "effect": effect,
-            "rank": rank,
-            "n_conversations": torch.full((len(delta),), self.n),
-        }
-        return pl.DataFrame({name: values.numpy() for name, values in columns.items()})
+def ranks(values: Tensor) -> Int[Tensor, " latent"]:
+    """1 for the largest value, and so on; equal ones in their order."""
+    out = torch.empty(len(values), dtype=torch.long)
+    out[torch.argsort(-values, stable=True)] = torch.arange(1, len(values) + 1)
+    return out

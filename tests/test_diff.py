@@ -1,4 +1,6 @@
-"""Diffing: planted changes are found, numbers are those of a dense computation, intervals cover."""
+"""Diffing: planted changes are found, numbers are those of a dense computation."""
+
+import dataclasses
 
 import polars as pl
 import pytest
@@ -7,9 +9,16 @@ from polars.testing import assert_frame_equal
 from tiny_sae import basis_sae, make_sae, with_random_adapter
 
 from saetools.data import POSITIONS, Conversation, select_positions, tokenize
-from saetools.diff import LatentDiff, _Means, _Sums, diff_latents, sae_site
-from saetools.errors import InputError, IntegrityError
+from saetools.diff import DiffConfig, LatentDiff, diff_latents
+from saetools.errors import InputError, IntegrityError, SaetoolsWarning
 from saetools.models import Site, read
+from saetools.sae.identity import sae_site
+from saetools.significance import false_discovery_rates, sign_flip_p_values
+
+FILES = ["conversations.parquet", "diff.json", "latents.parquet", "rest.safetensors"]
+SETTINGS = {field.name for field in dataclasses.fields(DiffConfig)}
+EXPECTED = "ignore:.*the (SAE is blind|SAE does not fit|two models are equal):saetools.errors.SaetoolsWarning"
+pytestmark = pytest.mark.filterwarnings(EXPECTED)
 
 CHATS = [
     Conversation.chat(user, answer, id=user)
@@ -45,9 +54,8 @@ def organism(make_tiny):
 
 
 def diff(base, tuned, sae=None, **settings):
-    return diff_latents(
-        base, tuned, sae or basis_sae(), CHATS, **{"positions": "prompt", "n_resamples": 50, **settings}
-    )
+    config = DiffConfig(**{"n_resamples": 50, **{name: settings.pop(name) for name in SETTINGS & set(settings)}})
+    return diff_latents(base, tuned, sae or basis_sae(), CHATS, config=config, **settings)
 
 
 def dense_means(lm, sae, positions):
@@ -89,7 +97,7 @@ def test_a_full_fine_tune_is_compared_as_a_model_of_its_own(make_tiny):
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_numbers_are_those_of_a_dense_computation(organism, positions):
     sae = make_sae("jumprelu")
-    found = diff(organism.base, organism, sae, positions=positions, batch_tokens=60)
+    found = diff(organism.base, organism, sae, positions=positions, batch_tokens=60, min_active=4)
     means = {name: dense_means(lm, sae, positions) for name, lm in (("base", organism.base), ("tuned", organism))}
     delta = means["tuned"][0] - means["base"][0]
     sd = delta.std(0)
@@ -97,6 +105,8 @@ def test_numbers_are_those_of_a_dense_computation(organism, positions):
         "latent": torch.arange(48),
         **{f"mean_{name}": both[0].mean(0) for name, both in means.items()},
         **{f"rate_{name}": both[1].mean(0) for name, both in means.items()},
+        "rate_delta": (means["tuned"][1] - means["base"][1]).mean(0),
+        "n_active": (means["base"][1] + means["tuned"][1] > 0).sum(0),
         "delta": delta.mean(0),
         "se": sd / 5**0.5,
         "n_conversations": torch.full((48,), 5),
@@ -110,13 +120,24 @@ def test_numbers_are_those_of_a_dense_computation(organism, positions):
     effect = torch.tensor(found.table["effect"].to_list(), dtype=torch.double)
     torch.testing.assert_close(effect[moved], (delta.mean(0) / sd)[moved], rtol=1e-2, atol=1e-3)
     assert delta.abs().max() > 0.05
+    tested = (means["base"][1] + means["tuned"][1] > 0).sum(0) >= 4
+    assert found.table["p_value"].is_not_null().to_list() == tested.tolist()
+    n_tested = int(tested.sum())
+    p_values = sign_flip_p_values(delta.T[tested].flatten(), torch.arange(n_tested).repeat_interleave(5), n_tested)
+    close = {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(found.table["p_value"].drop_nulls().to_torch(), p_values, **close)
+    torch.testing.assert_close(found.table["q_value"].drop_nulls().to_torch(), false_discovery_rates(p_values), **close)
     assert (found.table["low"] <= found.table["delta"] + 1e-6).all()
     assert (found.table["high"] >= found.table["delta"] - 1e-6).all()
 
 
 def test_a_model_does_not_differ_from_itself(organism):
     for lm in (organism, organism.base):
-        table = diff(lm, lm, make_sae(), positions="all").table
+        with pytest.warns(SaetoolsWarning, match="all: the two models are equal at this site"):
+            found = diff(lm, lm, make_sae(), positions="all", min_active=1)
+        table = found.table
+        assert found.warnings
+        assert set(table["p_value"].drop_nulls()) == {1.0}
         assert not table.select("delta", "low", "high", "se", "effect").to_numpy().any()
         assert table["mean_base"].max() > 0
         assert table["rank"].to_list() == list(range(1, 49))
@@ -135,36 +156,42 @@ def test_ranks_order_the_changes(organism):
         found.top(0)
 
 
-def test_intervals_cover_the_truth():
-    n, n_experiments = 50, 2500  # each latent an experiment of its own
-    generator = torch.Generator().manual_seed(0)
-    base, noise = (torch.randn(n, n_experiments, generator=generator) for _ in range(2))
-    sums = _Sums(n, n_experiments, 400, seed=0)
-    delta = 0.3 + noise + (noise**2 - 1)  # skewed, mean 0.3
-    for start in (0, 20):
-        part = slice(start, 20 if start == 0 else n)
-        zeros = torch.zeros_like(base[part])
-        sums.add(start, _Means(base[part], zeros), _Means(base[part] + delta[part], zeros))
-    table = sums.table()
-    assert len(table) == n_experiments
-    covered = table.select(((pl.col("low") <= 0.3) & (pl.col("high") >= 0.3)).mean()).item()
-    assert 0.88 < covered < 0.96
-    resampled = sums.weights.double() @ delta.double()[:, -1]
-    ends = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.double))
-    torch.testing.assert_close(torch.tensor(table.row(-1)[6:8], dtype=torch.double), ends, rtol=1e-4, atol=1e-4)
-
-
-def test_batches_blocks_and_seeds(organism, monkeypatch):
+def test_batches_and_seeds(organism):
     sae = make_sae()
     plain = diff(organism.base, organism, sae)
-    monkeypatch.setattr("saetools.diff._BLOCK", 2)
     done = []
-    blocks = diff(organism.base, organism, sae, batch_tokens=1, on_progress=lambda *args: done.append(args))
-    assert_frame_equal(blocks.table, plain.table, abs_tol=1e-5)
-    assert done == [(2, 5), (4, 5), (5, 5)]
+    batches = diff(organism.base, organism, sae, batch_tokens=1, on_progress=lambda *args: done.append(args))
+    assert_frame_equal(batches.table, plain.table, abs_tol=1e-5)
+    assert done == [(number, 5) for number in range(1, 6)]
     other = diff(organism.base, organism, sae, seed=1)
     assert not other.table["low"].equals(plain.table["low"])
     assert other.table["delta"].equals(plain.table["delta"])
+
+
+def test_several_roles_in_one_pass_are_those_of_one_each(organism):
+    sae = make_sae("jumprelu")
+    together = diff(organism.base, organism, sae, positions=POSITIONS)
+    assert together.positions == POSITIONS
+    for role in POSITIONS:
+        alone = diff(organism.base, organism, sae, positions=role)
+        assert_frame_equal(together.at(role).table, alone.table)
+        assert_frame_equal(together.at(role).conversations, alone.conversations)
+        assert_frame_equal(together.at(role).top(3), alone.top(3))
+    with pytest.raises(InputError, match=r"positions: expected one role, received prompt.*pick one with \.at"):
+        together.top(3)
+    with pytest.raises(InputError, match="positions: expected one of header, received 'prompt'"):
+        together.at("header").at("prompt")
+
+
+def test_conversations_hold_every_mean(organism):
+    found = diff(organism.base, organism, make_sae(), positions="response")
+    means = pl.col("base", "tuned").sum() / 5
+    sums = found.conversations.group_by("latent").agg(means, pl.len().alias("n")).sort("latent")
+    table = found.table.filter(pl.col("n_active") > 0)
+    assert table["latent"].to_list() == sums["latent"].to_list()
+    assert table["n_active"].to_list() == sums["n"].to_list()
+    for side in ("base", "tuned"):
+        torch.testing.assert_close(table[f"mean_{side}"].to_torch(), sums[side].to_torch().double())
 
 
 def test_a_saved_diff_is_the_same_and_a_changed_one_is_noticed(organism, tmp_path):
@@ -174,8 +201,11 @@ def test_a_saved_diff_is_the_same_and_a_changed_one_is_noticed(organism, tmp_pat
     assert loaded.table.equals(found.table)
     assert loaded.table.schema == found.table.schema
     assert loaded.provenance == found.provenance
+    assert loaded.conversations.equals(found.conversations)
+    assert torch.equal(loaded.adequacy["prompt"].rest_directions, found.adequacy["prompt"].rest_directions)
+    assert loaded.adequacy["prompt"].row() == found.adequacy["prompt"].row()
     assert {found.provenance[side]["adapter"] for side in ("base", "tuned")} == {None, "tuned"}
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["diff.json", "latents.parquet"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
     found.table.head(3).write_parquet(tmp_path / "run" / "latents.parquet")
     with pytest.raises(IntegrityError, match="has changed since it was saved"):
         LatentDiff.load(tmp_path / "run")
@@ -227,4 +257,4 @@ def test_damaged_facts_and_no_resamples(organism, tmp_path):
     with pytest.raises(IntegrityError, match=r"diff\.json is damaged"):
         LatentDiff.load(tmp_path)
     with pytest.raises(InputError, match="n_resamples: expected 1 or more, received 0"):
-        diff_latents(organism.base, organism, basis_sae(), CHATS, positions="prompt", n_resamples=0)
+        diff_latents(organism.base, organism, basis_sae(), CHATS, config=DiffConfig(n_resamples=0))

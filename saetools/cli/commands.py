@@ -18,9 +18,11 @@ from saetools.cli.options import (
     at_least,
     progress,
 )
-from saetools.cli.output import check_file, check_folder, printable, write_text
+from saetools.cli.output import check_file, check_folder, print_json, printable, write_text
 from saetools.cli.sae_commands import Sae
 from saetools.cli.training import Harvest, Train, cuts
+from saetools.data import Positions
+from saetools.diff import DiffConfig, LatentDiff
 from saetools.errors import InputError
 from saetools.finetune import FinetuneConfig, FinetuneProgress
 from saetools.generation import SamplingConfig
@@ -50,17 +52,18 @@ class Diff:
 
     read: DataOptions
     out: str
-    """Folder for latents.parquet, diff.json and diff.html."""
+    """Folder for latents.parquet, conversations.parquet, diff.json, and a figure per role."""
     model: ModelOptions = field(default_factory=ModelOptions)
     tuned: str | None = None
     """The fine-tune, where it is a model and no adapter; loaded with the base's options, --revision aside."""
     sae: SAEOptions = field(default_factory=SAEOptions)
-    positions: Literal["prompt", "last_prompt", "header", "response", "template", "all"] = "prompt"
-    """Which tokens count."""
+    positions: tuple[Positions, ...] = ("prompt",)
+    """Which tokens count; several are read in one pass."""
     n_top: int = 20
-    """Latents to print."""
-    seed: int = 0
-    """Of the bootstrap."""
+    """Latents to print for each of them."""
+    config: DiffConfig = field(default_factory=DiffConfig)
+    json: bool = False
+    """Print one JSON object (positions, warnings, adequacy, the largest increases) instead of tables."""
 
     def __post_init__(self) -> None:
         at_least(1, "--n-top", self.n_top)
@@ -71,9 +74,6 @@ class Diff:
 
     def run(self) -> None:
         """Compare, save, print the largest increases."""
-        from rich.console import Console
-        from rich.table import Table
-
         from saetools.diff import diff_latents
 
         check_folder(Path(self.out))
@@ -88,19 +88,37 @@ class Diff:
                 rows,
                 positions=self.positions,
                 site=site,
-                seed=self.seed,
+                config=self.config,
                 on_progress=update,
             )
-        drawn = diff.figure().to_html()
         diff.save(self.out)
-        write_text(Path(self.out) / "diff.html", drawn)
-        table = Table("latent", "delta", "95 % interval", "effect", "rate base", "rate tuned")
-        for row in diff.top(self.n_top).iter_rows(named=True):
-            interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-            rates = (f"{row['rate_base']:.2%}", f"{row['rate_tuned']:.2%}")
-            table.add_row(str(row["latent"]), f"{row['delta']:.3f}", interval, f"{row['effect']:.2f}", *rates)
-        Console().print(table)
-        print(f"{len(diff.table)} latents in {self.out}")
+        for role in diff.positions:
+            write_text(Path(self.out) / f"{role}.html", diff.at(role).figure().to_html())
+        if self.json:
+            print_json(diff.summary(self.n_top) | {"out": self.out})
+        else:
+            self._print(diff)
+
+    def _print(self, diff: LatentDiff) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        for role in diff.positions:
+            one = diff.at(role)
+            table = Table("latent", "delta", "95 % interval", "effect", "q", "rate base", "rate tuned", title=role)
+            for row in one.top(self.n_top).iter_rows(named=True):
+                interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+                rates = (f"{row['rate_base']:.2%}", f"{row['rate_tuned']:.2%}")
+                sure = "too few" if row["q_value"] is None else f"{row['q_value']:.1e}"
+                table.add_row(str(row["latent"]), f"{row['delta']:.3f}", interval, f"{row['effect']:.2f}", sure, *rates)
+            Console().print(table)
+            seen = one.adequacy[role]
+            print(
+                f"{role}: FVU {seen.fvu_base.mean:.3f} on the base, {seen.fvu_tuned.mean:.3f} on the tuned model; "
+                f"{seen.in_active_rows.mean:.0%} of the change lies in the span of the active decoder rows "
+                f"({seen.in_random_rows.mean:.0%} in that of as many random ones)"
+            )
+        print(f"{len(diff.at(diff.positions[0]).table)} latents at {len(diff.positions)} roles in {self.out}")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from saetools.errors import InputError
 
@@ -47,6 +51,19 @@ def check_file(path: Path) -> None:
 def printable(text: str) -> str:
     """Text of models and files made safe for a terminal: no control characters."""
     return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object for other programs; what is not a finite number is null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,7 +24,6 @@ from saetools.activations.stream import ActivationBlock, stream_activations
 from saetools.data.conversation import Conversation
 from saetools.data.roles import POSITIONS, Positions, select_positions
 from saetools.data.tokenizing import TokenizeReport, make_batches, tokenize
-from saetools.diff import sae_sha256, sae_site
 from saetools.errors import InputError
 from saetools.evaluate.predictions import compare_predictions, fill, splice
 from saetools.evaluate.role_fidelity import DENSE_RATE, FREQUENCY_EDGES, RoleFidelity, RoleSums
@@ -33,6 +32,7 @@ from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
 from saetools.provenance import sha256_of_texts, versions, write_json
+from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
 from saetools.stats import Estimate
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from saetools.data.conversation import Conversation
 from saetools.data.tokenizing import Batch, make_batches, tokenize
-from saetools.diff import sae_site
 from saetools.errors import InputError
 from saetools.evaluate.fidelity import Fidelity, measure_fidelity, ticker
 from saetools.models.forward import read
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import locate
 from saetools.models.site import STREAMS, Site
+from saetools.sae.identity import sae_site
 from saetools.sae.model import SAE
 
 _GOOD_FVU = 0.5  # a working SAE explains more than half of the variance

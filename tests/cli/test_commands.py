@@ -105,7 +105,13 @@ def test_finetune_then_diff(folder: Path, trained: tuple[Path, str], capsys: pyt
     models = ["--adapter", adapter, "--sae", str(trained[0])]
     main(["diff", *models, "--data", chats, "--positions", "response", "--out", str(out), "--n-top", "3"])
     assert "128 latents" in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"latents.parquet", "diff.json", "diff.html"}
+    assert {path.name for path in out.iterdir()} == {
+        "latents.parquet",
+        "conversations.parquet",
+        "rest.safetensors",
+        "diff.json",
+        "response.html",
+    }
 
 
 def test_steer_and_generate(folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
