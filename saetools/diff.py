@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from saetools.activations.stream import stream_activations
 from saetools.adequacy import Adequacy, AdequacySums
+from saetools.changes import FDR, change_figures, ranks
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
 from saetools.data.template import render
@@ -36,8 +35,6 @@ from saetools.models.site import Site
 from saetools.provenance import sha256_of_file, versions, write_json
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
-from saetools.significance import bca_intervals, false_discovery_rates, sign_flip_p_values
-from saetools.stats import bootstrap_weights
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,8 +42,6 @@ if TYPE_CHECKING:
 
 _TABLE, _CONVERSATIONS, _REST = "latents.parquet", "conversations.parquet", "rest.safetensors"
 _FACTS = "diff.json"
-FDR = 0.05
-"""The false discovery rate at which a latent counts as changed."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ class LatentDiff:
         """
         if n < 1:
             raise InputError("n", expected="1 or more", received=n, remedy="ask for at least one latent")
-        self._check_single()
+        self.check_single_role()
         return self.table.sort("delta", descending=not decreases, maintain_order=True).head(n)
 
     def figure(self, *, n_labels: int = 10) -> go.Figure:
@@ -126,7 +121,7 @@ class LatentDiff:
         import plotly.graph_objects as go
         import polars as pl
 
-        self._check_single()
+        self.check_single_role()
         table = self.table.filter((pl.col("rate_base") > 0) | (pl.col("rate_tuned") > 0))
         named = set(self.top(n_labels)["latent"]) | set(self.top(n_labels // 2, decreases=True)["latent"])
         hover = [
@@ -224,7 +219,12 @@ class LatentDiff:
             "provenance": self.provenance,
         }
 
-    def _check_single(self) -> None:
+    def check_single_role(self) -> None:
+        """Refuse several roles.
+
+        Raises:
+            InputError: if several were read.
+        """
         if len(self.adequacy) != 1:
             raise InputError(
                 "positions", expected="one role", received=", ".join(self.positions), remedy="pick one with .at(...)"
@@ -408,16 +408,16 @@ def _compare(
 
     means = {side: mean(one.mean, one.latent) for side, one in sides.items()}
     rates = {side: mean(one.rate, one.latent) for side, one in sides.items()}
-    delta = mean(deltas, latent)
-    sd = ((mean(deltas.square(), latent) - delta.square()).clamp_min(0) * (n / (n - 1))).sqrt()
-    weights = bootstrap_weights(n, config.n_resamples, seed=config.seed)
-    low, high = bca_intervals(deltas, latent, unit, d_sae, weights)
     n_active = torch.bincount(latent, minlength=d_sae)
-    tested = n_active >= config.min_active
-    p_values = torch.full((d_sae,), math.nan, dtype=torch.double)
-    p_values[tested] = sign_flip_p_values(deltas, latent, d_sae)[tested]
-    q_values = p_values.clone()
-    q_values[tested] = false_discovery_rates(p_values[tested])
+    change = change_figures(
+        deltas,
+        latent,
+        unit,
+        n_active >= config.min_active,
+        n_units=n,
+        n_resamples=config.n_resamples,
+        seed=config.seed,
+    )
     columns = {
         "latent": torch.arange(d_sae),
         **{f"mean_{side}": means[side] for side in sides},
@@ -428,16 +428,12 @@ def _compare(
             for number, q in enumerate(QUANTILES)
             for side, one in sides.items()
         },
-        "delta": delta,
-        "low": low,
-        "high": high,
-        "se": sd / n**0.5,
-        "effect": torch.where(sd > 0, delta / sd, 0.0),
+        **{name: change[name] for name in ("delta", "low", "high", "se", "effect")},
         "rate_delta": rates["tuned"] - rates["base"],
         "n_active": n_active,
-        "p_value": p_values,
-        "q_value": q_values,
-        "rank": ranks(delta),
+        "p_value": change["p_value"],
+        "q_value": change["q_value"],
+        "rank": ranks(change["delta"]),
         "n_conversations": torch.full((d_sae,), n),
     }
     table = pl.DataFrame({name: values.numpy() for name, values in columns.items()})
@@ -453,10 +449,3 @@ def _compare(
     return table.select(named, pl.all()).with_columns(pl.col("p_value", "q_value").fill_nan(None)), pairs.select(
         named, pl.all()
     )
-
-
-def ranks(values: Tensor) -> Int[Tensor, " latent"]:
-    """1 for the largest value, and so on; equal ones in their order."""
-    out = torch.empty(len(values), dtype=torch.long)
-    out[torch.argsort(-values, stable=True)] = torch.arange(1, len(values) + 1)
-    return out

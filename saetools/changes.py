@@ -1,0 +1,70 @@
+"""Figures of mean changes over independent units: size, interval, error, p-value, false discovery rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saetools.significance import bca_intervals, false_discovery_rates, sign_flip_p_values
+from saetools.stats import bootstrap_weights
+
+FDR = 0.05
+"""The false discovery rate at which a latent counts as changed."""
+
+
+def change_figures(
+    values: Float[Tensor, " value"],
+    measures: Int[Tensor, " value"],
+    units: Int[Tensor, " value"],
+    tested: Bool[Tensor, " measure"],
+    *,
+    n_units: int,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Float[Tensor, " measure"]]:
+    """Mean changes of many measures (latents) over units (conversations), in float64.
+
+    Args:
+        values: paired changes in units; zeros may be left out.
+        measures: the measure of each, ascending.
+        units: the unit of each.
+        tested: which measures get p-values; the others' are NaN, and do not count for the false discovery rate.
+        n_units: units in all.
+        n_resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        `delta`, the mean; its 95 % BCa interval `low`, `high`; standard error `se`; `effect` = delta / sd over units (0
+        if the sd is); `p_value` by sign flips; `q_value`.
+    """
+    n_measures, values = len(tested), values.double()
+
+    def mean(parts: Tensor) -> Tensor:
+        return parts.new_zeros(n_measures).index_add_(0, measures, parts) / n_units
+
+    delta = mean(values)
+    sd = ((mean(values.square()) - delta.square()).clamp_min(0) * (n_units / (n_units - 1))).sqrt()
+    weights = bootstrap_weights(n_units, n_resamples, seed=seed)
+    low, high = bca_intervals(values, measures, units, n_measures, weights)
+    p_values = torch.where(tested, sign_flip_p_values(values, measures, n_measures), math.nan)
+    q_values = p_values.clone()
+    q_values[tested] = false_discovery_rates(p_values[tested])
+    return {
+        "delta": delta,
+        "low": low,
+        "high": high,
+        "se": sd / n_units**0.5,
+        "effect": torch.where(sd > 0, delta / sd, 0.0),
+        "p_value": p_values,
+        "q_value": q_values,
+    }
+
+
+def ranks(values: Float[Tensor, " latent"]) -> Int[Tensor, " latent"]:
+    """1 for the largest value, and so on; equal ones in their order."""
+    out = torch.empty(len(values), dtype=torch.long)
+    out[torch.argsort(-values, stable=True)] = torch.arange(1, len(values) + 1)
+    return out
