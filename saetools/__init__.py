@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saetools.activations import ActivationStore, HarvestConfig, harvest, stream_activations
+    from saetools.attribution import attribute_latents
     from saetools.data import (
         Conversation,
         Message,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         tokenize,
     )
     from saetools.diff import LatentDiff, diff_latents
+    from saetools.directions import mean_difference
     from saetools.evaluate import dose_response, measure_fidelity, measure_perplexity, score_forced_choice
     from saetools.finetune import FinetuneConfig, finetune_lora
     from saetools.generation import Generation, SamplingConfig, generate
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
     from saetools.models import LanguageModel, Site, edit, load_model, read
     from saetools.report import PersonaReport, write_report
     from saetools.sae import SAE, TrainConfig, load_sae, save_sae, train_sae
+    from saetools.tuned_only import find_tuned_only
 
 _HOMES = {
     "activations": ("ActivationStore", "HarvestConfig", "harvest", "stream_activations"),
+    "attribution": ("attribute_latents",),
     "data": (
         "Conversation",
         "Message",
@@ -42,6 +46,7 @@ _HOMES = {
         "tokenize",
     ),
     "diff": ("LatentDiff", "diff_latents"),
+    "directions": ("mean_difference",),
     "evaluate": ("dose_response", "measure_fidelity", "measure_perplexity", "score_forced_choice"),
     "finetune": ("FinetuneConfig", "finetune_lora"),
     "generation": ("Generation", "SamplingConfig", "generate"),
@@ -50,6 +55,7 @@ _HOMES = {
     "models": ("LanguageModel", "Site", "edit", "load_model", "read"),
     "report": ("PersonaReport", "write_report"),
     "sae": ("SAE", "TrainConfig", "load_sae", "save_sae", "train_sae"),
+    "tuned_only": ("find_tuned_only",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("steer",)
@@ -68,9 +74,11 @@ __all__ = [
     "SamplingConfig",
     "Site",
     "TrainConfig",
+    "attribute_latents",
     "diff_latents",
     "dose_response",
     "edit",
+    "find_tuned_only",
     "finetune_lora",
     "generate",
     "harvest",
@@ -80,6 +88,7 @@ __all__ = [
     "load_model",
     "load_sae",
     "load_voices",
+    "mean_difference",
     "measure_fidelity",
     "measure_latents",
     "measure_perplexity",
