@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saetools.significance import bca_intervals, false_discovery_rates, sign_flip_p_values
-from saetools.stats import bootstrap_weights
+from saetools.stats import Estimate, bootstrap_weights
 
 FDR = 0.05
 """The false discovery rate at which a latent counts as changed."""
+_CHUNK = 2048  # measures whose values are dense at the same time
 
 
 def change_figures(
@@ -61,6 +62,52 @@ def change_figures(
         "p_value": p_values,
         "q_value": q_values,
     }
+
+
+def projection_share(
+    part: Float[Tensor, " value"],
+    whole: Float[Tensor, " value"],
+    measures: Int[Tensor, " value"],
+    units: Int[Tensor, " value"],
+    *,
+    n_measures: int,
+    n_units: int,
+    n_resamples: int,
+    seed: int,
+) -> Estimate:
+    """How much of a mean change of all measures is one part of it: <mean part, mean whole> / <mean whole, mean whole>.
+
+    Both are counted from products of different units only, so that noise, which would lengthen the whole, averages out.
+
+    Args:
+        part: of each value; zeros of both may be left out.
+        whole: of each value.
+        measures: the measure of each.
+        units: the unit of each.
+        n_measures: measures in all.
+        n_units: units in all; memory grows with their square.
+        n_resamples: bootstrap resamples of units, for a percentile interval.
+        seed: of the bootstrap.
+
+    Returns:
+        The share; NaN where the whole is no longer than noise, in the data or in a resample.
+    """
+    products = torch.zeros(2, n_units, n_units, dtype=torch.double)
+    for start in range(0, n_measures, _CHUNK):
+        some = (measures >= start) & (measures < start + _CHUNK)
+        dense = torch.zeros(2, n_units, min(_CHUNK, n_measures - start), dtype=torch.double)
+        for own, values in zip(dense, (part, whole), strict=True):
+            own.index_put_((units[some], measures[some] - start), values[some].double())
+        products += dense @ dense[1].T
+    products.diagonal(dim1=1, dim2=2).zero_()
+    sums = products.sum((1, 2))
+    weights = bootstrap_weights(n_units, n_resamples, seed=seed).double()
+    resampled = (weights @ products * weights).sum(2)
+    if not bool(sums[1] > 0) or not bool((resampled[1] > 0).all()):
+        return Estimate(math.nan, math.nan, math.nan, math.nan, n_units)
+    ratios = resampled[0] / resampled[1]
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return Estimate(float(sums[0] / sums[1]), low, high, float(ratios.std()), n_units)
 
 
 def ranks(values: Float[Tensor, " latent"]) -> Int[Tensor, " latent"]:
