@@ -45,7 +45,7 @@ class ArrayWriter:
         self._write(header.getvalue())
         return self
 
-    def append(self, values: Shaped[np.ndarray, "*shape"]) -> None:
+    def append(self, values: Shaped[np.ndarray, "*_"]) -> None:
         """The next values, in the order of rows."""
         self._write(np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8).tobytes())
 
@@ -64,7 +64,7 @@ class ArrayWriter:
         self.entry["bytes"] += len(raw)
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, Shaped[np.ndarray, "*shape"]]) -> dict[str, dict[str, Any]]:
+def write_arrays(folder: Path, arrays: Mapping[str, Shaped[np.ndarray, "*_"]]) -> dict[str, dict[str, Any]]:
     """Write whole arrays; returns their entries in a manifest."""
     entries = {}
     for name, array in arrays.items():
@@ -85,7 +85,7 @@ def check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         raise IntegrityError(f"{file} is missing or damaged; index again into a new folder")
 
 
-def open_array(folder: Path, name: str, entry: Mapping[str, Any]) -> Shaped[np.ndarray, "*shape"]:
+def open_array(folder: Path, name: str, entry: Mapping[str, Any]) -> Shaped[np.ndarray, "*_"]:
     """A file as a read-only memory map.
 
     Raises:
@@ -93,7 +93,7 @@ def open_array(folder: Path, name: str, entry: Mapping[str, Any]) -> Shaped[np.n
     """
     check_file(folder, name, entry)
     try:
-        array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        array: Shaped[np.ndarray, "*_"] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise IntegrityError(f"cannot read {folder / name}.npy ({error}); index again into a new folder") from error
     if str(array.dtype) != entry["dtype"] or list(array.shape) != entry["shape"]:
@@ -103,7 +103,7 @@ def open_array(folder: Path, name: str, entry: Mapping[str, Any]) -> Shaped[np.n
 
 def to_bits(values: Float[Tensor, " pair"]) -> UInt16[np.ndarray, " pair"]:
     """Activations rounded to bfloat16, as its bits: no activation becomes 0 or infinite by it."""
-    return values.to("cpu", torch.bfloat16).view(torch.int16).numpy().view(np.uint16)  # type: ignore[no-any-return]
+    return values.to("cpu", torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
 def from_bits(bits: UInt16[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -111,15 +111,13 @@ def from_bits(bits: UInt16[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def pack_texts(name: str, texts: Sequence[bytes]) -> dict[str, Shaped[np.ndarray, "*shape"]]:
+def pack_texts(name: str, texts: Sequence[bytes]) -> dict[str, Shaped[np.ndarray, "*_"]]:
     """Two arrays that hold texts: all their bytes, and where each starts."""
     starts = np.zeros(len(texts) + 1, np.int64)
     np.cumsum([len(text) for text in texts], out=starts[1:])
     return {name: np.frombuffer(b"".join(texts), np.uint8), f"{name}_starts": starts}
 
 
-def text_at(
-    texts: UInt8[np.ndarray, " byte"], starts: Int[np.ndarray, " text_or_end"], index: int | np.integer[Any]
-) -> bytes:
+def text_at(texts: UInt8[np.ndarray, " byte"], starts: Int[np.ndarray, " text_or_end"], index: int) -> bytes:
     """One of the texts that `pack_texts` packed."""
     return bytes(texts[starts[index] : starts[index + 1]])

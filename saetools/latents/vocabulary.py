@@ -21,8 +21,8 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
     Example:
         >>> spellings = token_bytes(lm.tokenizer)
-        >>> [spellings[token] for token in lm.tokenizer(" caf\u00e9")["input_ids"]]
-        [b' caf', b'\\xc3\\xa9']
+        >>> [spellings[token] for token in lm.tokenizer("a car \U0001f697")["input_ids"]]
+        [b'a', b' car', b' \\xf0\\x9f', b'\\x9a', b'\\x97']
     """
     decoder = tokenizer.backend_tokenizer.decoder
     words = "" if decoder is None else decoder.__getstate__().decode()
