@@ -1,5 +1,7 @@
 """Attribution: scores are those of partial mean ablation, a latent that makes the answer ranks first."""
 
+import dataclasses
+
 import polars as pl
 import pytest
 import torch
@@ -297,3 +299,11 @@ def test_what_cannot_be_attributed_is_an_error(lm):
             run(lm, **settings)
     with pytest.raises(InputError, match="n: expected 1 or more"):
         run(lm).top(0)
+
+
+def test_a_transcoder_is_read_where_it_writes(lm):
+    sae = make_sae()
+    sae.metadata = dataclasses.replace(sae.metadata, site_out="blocks.1.hook_mlp_out")
+    found = run(lm, sae)
+    assert found.provenance["site"] == "blocks.1.hook_mlp_out"
+    assert_frame_equal(found.table, run(lm, make_sae(), site=Site(1, "mlp_out")).table)
