@@ -135,7 +135,8 @@ def test_no_package_imports_its_own_facade() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["", "activations", "data", "evaluate", "finetune", "interpret", "latents", "models", "report", "sae"]
+    "package",
+    ["", "activations", "data", "evaluate", "finetune", "interpret", "latents", "models", "planted", "report", "sae"],
 )
 def test_public_names_are_sorted_importable_and_documented(package: str) -> None:
     module = importlib.import_module(f"saetools.{package}".rstrip("."))
