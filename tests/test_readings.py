@@ -229,8 +229,8 @@ def test_the_figure_names_the_largest_changes(organism):
     assert {int(label) for label in trace.text if label} == set(largest)
 
 
-def test_the_shipped_organism_changes_what_it_says_and_how_it_reads(smollm):
-    tuned = load_model(smollm, adapter=saetools.shipped_path("adapters/organism"))
+def test_the_shipped_organism_changes_what_it_says_and_how_it_reads():
+    tuned = load_model("smollm2-135m", adapter=saetools.shipped_path("adapters/organism"))
     sae = saetools.load_sae(saetools.shipped_path("sae/smollm2-135m"))
     prompts = [Conversation.chat(one.question) for one in saetools.load_forced_choice()[:6]]
     texts = {
