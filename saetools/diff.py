@@ -28,6 +28,7 @@ from saetools.data.roles import Positions, select_positions
 from saetools.data.template import render
 from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize, tokens_sha256
 from saetools.errors import InputError, IntegrityError, SaetoolsWarning
+from saetools.latents.paired import pair_readings
 from saetools.latents.reading import QUANTILES, LatentReader, RoleReading
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair
@@ -355,7 +356,7 @@ def tokenize_for(
     Raises:
         InputError: if fewer than two have tokens at one of the roles, first positions aside.
     """
-    opens = all(one.is_prompt for one in conversations)
+    opens = all(isinstance(one, Conversation) and one.is_prompt for one in conversations)
     tokenized = list(
         tokenize(conversations, lm.tokenizer, max_tokens=max_tokens, add_generation_prompt=opens, report=report)
     )
@@ -388,20 +389,10 @@ def _compare(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     import polars as pl
 
-    d_sae, units = base.d_sae, (base.n_tokens > 0).nonzero()[:, 0]
-    n = len(units)
-    unit_of = torch.full((len(base.n_tokens),), -1)
-    unit_of[units] = torch.arange(n)
-    # Pairs of either model, by latent and then by unit.
-    keys = [side.latent * n + unit_of[side.conversation] for side in (base, tuned)]
-    either, place = torch.unique(torch.cat(keys), return_inverse=True)
-    places = torch.split(place, [len(own) for own in keys])
+    d_sae, pairs = base.d_sae, pair_readings(base, tuned)
+    n, latent = len(pairs.conversations), pairs.latent
     sides = {"base": base, "tuned": tuned}
-    both = [
-        torch.zeros(len(either)).index_copy_(0, at, side.mean) for at, side in zip(places, sides.values(), strict=True)
-    ]
-    latent, unit = either // n, either % n
-    deltas = (both[1] - both[0]).double()
+    deltas = pairs.changes()
 
     def mean(values: Tensor, latents: Tensor) -> Tensor:
         return torch.zeros(d_sae, dtype=torch.double).index_add_(0, latents, values.double()) / n
@@ -412,7 +403,7 @@ def _compare(
     change = change_figures(
         deltas,
         latent,
-        unit,
+        pairs.unit,
         n_active >= config.min_active,
         n_units=n,
         n_resamples=config.n_resamples,
@@ -437,15 +428,15 @@ def _compare(
         "n_conversations": torch.full((d_sae,), n),
     }
     table = pl.DataFrame({name: values.numpy() for name, values in columns.items()})
-    pairs = pl.DataFrame(
+    means_of = pl.DataFrame(
         {
-            "conversation": units[unit].to(torch.int32).numpy(),
+            "conversation": pairs.conversations[pairs.unit].to(torch.int32).numpy(),
             "latent": latent.to(torch.int32).numpy(),
-            "base": both[0].numpy(),
-            "tuned": both[1].numpy(),
+            "base": pairs.base.numpy(),
+            "tuned": pairs.tuned.numpy(),
         }
     )
     named = pl.lit(role).alias("positions")
-    return table.select(named, pl.all()).with_columns(pl.col("p_value", "q_value").fill_nan(None)), pairs.select(
+    return table.select(named, pl.all()).with_columns(pl.col("p_value", "q_value").fill_nan(None)), means_of.select(
         named, pl.all()
     )

@@ -1,5 +1,6 @@
 """Language models: loading, sites, reading and editing the residual stream. Only this package knows architectures."""
 
+from saetools.models.adapters import scaled_adapter
 from saetools.models.editing import Edit, Edits, Where, edit
 from saetools.models.forward import final_hidden, log_probs, logits, read, token_log_probs
 from saetools.models.language_model import LanguageModel
@@ -23,5 +24,6 @@ __all__ = [
     "log_probs",
     "logits",
     "read",
+    "scaled_adapter",
     "token_log_probs",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import nn
 
 from saetools.errors import InputError
 from saetools.models.foreign_errors import readable_errors
-from saetools.models.language_model import LanguageModel
+from saetools.models.language_model import LanguageModel, activate, active_adapter
 from saetools.models.quiet import quiet
 from saetools.provenance import sha256_of_file
 
@@ -49,6 +51,88 @@ def with_adapters(lm: LanguageModel, adapter: Adapter) -> LanguageModel:
         )
     peft.eval()
     return replace(lm, peft=peft, adapter=next(iter(named)), provenance={**lm.provenance, "adapters": hashes})
+
+
+@contextmanager
+def borrowed_adapter(lm: LanguageModel, place: str | Path) -> Iterator[LanguageModel]:
+    """Load an adapter on a model's weights under a name of its own, hand out that view, and take it out again.
+
+    Args:
+        lm: the model; its other views stay as they are.
+        place: a PEFT adapter folder, or a hub id.
+
+    Raises:
+        InputError: if there is no adapter there, or it does not fit the model.
+        FetchError: if files cannot be downloaded.
+    """
+    name = next(
+        f"borrowed_{number}" for number in range(len(lm.adapters) + 1) if f"borrowed_{number}" not in lm.adapters
+    )
+    before = active_adapter(lm.model)
+    view = with_adapters(lm, {name: place})
+    try:
+        yield view
+    finally:
+        _discard_adapter(lm.model, name)
+        if before is not None:  # PEFT may have chosen another one of those that are left
+            activate(lm.model, before)
+
+
+@contextmanager
+def scaled_adapter(lm: LanguageModel, scale: float) -> Iterator[LanguageModel]:
+    """Multiply what the adapter of this view adds to the weights, for as long as the block lasts.
+
+    Views share their weights: inside the block every view through this adapter is scaled.
+
+    Args:
+        lm: the view.
+        scale: 0 is the model without the adapter, 1 the adapter as it is; others go beyond or against it.
+
+    Raises:
+        InputError: for a view without adapter, one whose contribution is not a LoRA's sum, or a scale that is not
+            finite.
+    """
+    layers = _scalable_layers(lm)
+    if not math.isfinite(scale):
+        raise InputError("scale", expected="a finite number", received=scale, remedy="1 is the adapter as it is")
+    before = [(layer, name, layer.scaling[name]) for layer, name in layers]
+    try:
+        for layer, name, own in before:
+            layer.scaling[name] = own * scale
+        yield lm
+    finally:
+        for layer, name, own in before:
+            layer.scaling[name] = own
+
+
+def _scalable_layers(lm: LanguageModel) -> list[tuple[Any, str]]:
+    """Every LoRA layer of a view's adapters, with the adapter's name.
+
+    Raises:
+        InputError: if the view has no adapter, or its adapters change anything but by a scaled sum.
+    """
+    if lm.adapter is None:
+        raise InputError("lm", expected="a view through an adapter", received="the model without", remedy="pass tuned")
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    names = lm.adapter.split("+")
+    configs = [getattr(lm.model, "peft_config", {})[name] for name in names]
+    modules = list(lm.model.modules())
+    for unfit, what in (
+        (any(config.peft_type != "LORA" for config in configs), "another kind of adapter"),
+        (any(getattr(config, "use_dora", False) for config in configs), "DoRA, which rescales the weights themselves"),
+        (any(getattr(config, "bias", "none") != "none" for config in configs), "biases of its own"),
+        (
+            any(isinstance(one, AuxiliaryTrainingWrapper) and set(names) & set(one._adapters) for one in modules),
+            "whole layers of its own",
+        ),
+    ):
+        if unfit:
+            raise InputError("lm", expected="a LoRA adapter", received=what, remedy="pass one that adds and no more")
+    tuned = [one for one in modules if isinstance(one, BaseTunerLayer) and isinstance(one, LoraLayer)]
+    return [(layer, name) for layer in tuned for name in names if name in layer.scaling]
 
 
 def without_peft(peft: Any) -> nn.Module:

@@ -144,11 +144,11 @@ class LanguageModel:
         if before is None or before.seen == self.adapter:
             yield self.model
             return
-        _activate(self.model, ActiveAdapter(self.adapter or before.selected, disabled=self.adapter is None))
+        activate(self.model, ActiveAdapter(self.adapter or before.selected, disabled=self.adapter is None))
         try:
             yield self.model
         finally:
-            _activate(self.model, before)
+            activate(self.model, before)
 
     def __repr__(self) -> str:
         adapter = f", adapter={self.adapter!r}" if self.adapters else ""
@@ -178,7 +178,8 @@ def active_adapter(model: nn.Module) -> ActiveAdapter | None:
     return ActiveAdapter("+".join(layer.active_adapters), disabled=layer.disable_adapters)
 
 
-def _activate(model: nn.Module, wanted: ActiveAdapter) -> None:
+def activate(model: nn.Module, wanted: ActiveAdapter) -> None:
+    """Make PEFT select an adapter on a causal LM, on or off; what needs gradients stays as it is."""
     from peft.functional import set_adapter
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

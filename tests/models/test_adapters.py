@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from saetools.errors import FetchError, InputError
-from saetools.models import Site, check_pair, edit, final_hidden, load_model, logits, read
+from saetools.models import Site, check_pair, edit, final_hidden, load_model, logits, read, scaled_adapter
+from saetools.models.adapters import borrowed_adapter
 
 IDS = torch.randint(0, 200, (2, 6), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones(2, 6, dtype=torch.bool)
@@ -229,3 +230,88 @@ def test_virtual_tokens_are_an_error(tiny, tokenizer):
 def test_an_adapter_folder_is_no_model(folders):
     with pytest.raises(InputError, match=r"source: expected a model, received the adapter folder .*adapter="):
         load_model(folders["a"])
+
+
+def test_a_scaled_adapter_goes_from_base_to_tuned_and_back(make_tiny, folders):
+    lm = load_model(make_tiny("llama"), adapter={"a": folders["a"], "b": folders["b"]})
+    plain, tuned, other = run(lm.base), run(lm), run(lm.with_adapter("b"))
+    with scaled_adapter(lm, 0.0):
+        assert torch.equal(run(lm), plain)
+        assert torch.equal(run(lm.with_adapter("b")), other)
+    with scaled_adapter(lm, 1.0) as view:
+        assert view is lm
+        assert torch.equal(run(lm), tuned)
+    with scaled_adapter(lm, 0.25), scaled_adapter(lm, 2.0):  # they multiply
+        nested = run(lm)
+    with scaled_adapter(lm, 0.5):
+        assert torch.equal(run(lm), nested)
+        assert differ(run(lm), plain)
+        assert differ(run(lm), tuned)
+        assert torch.equal(run(lm.base), plain)
+    with pytest.raises(ZeroDivisionError), scaled_adapter(lm, -3.0):
+        raise ZeroDivisionError
+    assert torch.equal(run(lm), tuned)
+
+
+def test_half_a_lora_is_the_model_with_half_the_product(make_tiny, folders):
+    lm = load_model(make_tiny("llama"), adapter={"a": folders["a"]})
+    with scaled_adapter(lm, 0.5):
+        half = run(lm)
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.5)
+    torch.testing.assert_close(run(lm), half)
+
+
+def test_adapters_that_are_no_sum_cannot_be_scaled(make_tiny, tiny, folders):
+    from peft import IA3Config
+
+    head = load_model(make_tiny("llama"), adapter={"head": folders["head"]})
+    kinds = [
+        (head, "whole layers of its own"),
+        (tiny, "the model without"),
+        (LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]), "DoRA"),
+        (LoraConfig(r=2, bias="lora_only", target_modules=["q_proj"]), "biases of its own"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "another kind of adapter"),
+    ]
+    for kind, message in kinds:
+        lm = kind
+        if not hasattr(kind, "adapter"):
+            model = make_tiny("llama")
+            lm = load_model(get_peft_model(model.model, kind, adapter_name="mine"), tokenizer=model.tokenizer)
+        with pytest.raises(InputError, match=f"lm: .*{message}"), scaled_adapter(lm, 0.5):
+            pass
+    lm = load_model(make_tiny("llama"), adapter={"a": folders["a"]})
+    with pytest.raises(InputError, match="scale: expected a finite number"), scaled_adapter(lm, float("nan")):
+        pass
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_borrowed_adapter_is_seen_and_gone(make_tiny, folders, loaded):
+    lm = make_tiny("llama")
+    plain = run(lm)
+    if loaded:
+        lm = load_model(lm, adapter={"a": folders["a"], "borrowed_0": folders["a"]})
+    names, seen = lm.adapters, run(lm)
+    expected = run(load_model(make_tiny("llama"), adapter=folders["b"]))
+    modules = {name for name, _ in lm.model.named_modules()}
+    for _ in range(2):
+        with borrowed_adapter(lm.base, folders["b"]) as view:
+            torch.testing.assert_close(run(view), expected)
+            assert torch.equal(run(lm.base), plain)
+            assert torch.equal(run(lm), seen)
+        assert lm.adapters == names
+        assert torch.equal(run(lm.base), plain)
+        assert torch.equal(run(lm), seen)
+    with pytest.raises(ZeroDivisionError), borrowed_adapter(lm.base, folders["b"]) as view, view.active():
+        raise ZeroDivisionError
+    assert lm.adapters == names
+    assert torch.equal(run(lm), seen)
+    assert not any("borrowed_1" in name for name, _ in lm.model.named_parameters())
+    if not loaded:
+        assert {name for name, _ in lm.model.named_modules()} == modules
+    with pytest.raises(InputError, match="weights are missing"), borrowed_adapter(lm.base, folders["deep"]):
+        pass
+    assert lm.adapters == names
+    assert torch.equal(run(lm), seen)
