@@ -21,11 +21,20 @@ if TYPE_CHECKING:
     )
     from saetools.diff import LatentDiff, diff_latents
     from saetools.directions import mean_difference
+    from saetools.endpoint import Endpoint
     from saetools.evaluate import dose_response, measure_fidelity, measure_perplexity, score_forced_choice
     from saetools.finetune import FinetuneConfig, finetune_lora
     from saetools.generation import Generation, SamplingConfig, generate
-    from saetools.interpret import promoted_tokens
-    from saetools.latents import measure_latents
+    from saetools.interpret import (
+        Explanation,
+        direct_effects,
+        explain_latents,
+        promoted_tokens,
+        search_explanations,
+        search_text,
+        store_passages,
+    )
+    from saetools.latents import LatentStore, index_latents, measure_latents
     from saetools.models import LanguageModel, Site, edit, load_model, read
     from saetools.report import PersonaReport, write_report
     from saetools.sae import SAE, TrainConfig, load_sae, save_sae, train_sae
@@ -47,11 +56,20 @@ _HOMES = {
     ),
     "diff": ("LatentDiff", "diff_latents"),
     "directions": ("mean_difference",),
+    "endpoint": ("Endpoint",),
     "evaluate": ("dose_response", "measure_fidelity", "measure_perplexity", "score_forced_choice"),
     "finetune": ("FinetuneConfig", "finetune_lora"),
     "generation": ("Generation", "SamplingConfig", "generate"),
-    "interpret": ("promoted_tokens",),
-    "latents": ("measure_latents",),
+    "interpret": (
+        "Explanation",
+        "direct_effects",
+        "explain_latents",
+        "promoted_tokens",
+        "search_explanations",
+        "search_text",
+        "store_passages",
+    ),
+    "latents": ("LatentStore", "index_latents", "measure_latents"),
     "models": ("LanguageModel", "Site", "edit", "load_model", "read"),
     "report": ("PersonaReport", "write_report"),
     "sae": ("SAE", "TrainConfig", "load_sae", "save_sae", "train_sae"),
@@ -64,11 +82,14 @@ __all__ = [
     "SAE",
     "ActivationStore",
     "Conversation",
+    "Endpoint",
+    "Explanation",
     "FinetuneConfig",
     "Generation",
     "HarvestConfig",
     "LanguageModel",
     "LatentDiff",
+    "LatentStore",
     "Message",
     "PersonaReport",
     "SamplingConfig",
@@ -76,12 +97,15 @@ __all__ = [
     "TrainConfig",
     "attribute_latents",
     "diff_latents",
+    "direct_effects",
     "dose_response",
     "edit",
+    "explain_latents",
     "find_tuned_only",
     "finetune_lora",
     "generate",
     "harvest",
+    "index_latents",
     "load_advice",
     "load_forced_choice",
     "load_free_form",
@@ -97,8 +121,11 @@ __all__ = [
     "read_conversations",
     "save_sae",
     "score_forced_choice",
+    "search_explanations",
+    "search_text",
     "shipped_path",
     "steer",
+    "store_passages",
     "stream_activations",
     "tokenize",
     "train_sae",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8, UInt16
+from jaxtyping import Float, Int, Integer, Shaped, UInt8, UInt16
 from torch import Tensor
 
 from saetools.errors import IntegrityError
@@ -118,6 +118,9 @@ def pack_texts(name: str, texts: Sequence[bytes]) -> dict[str, Shaped[np.ndarray
     return {name: np.frombuffer(b"".join(texts), np.uint8), f"{name}_starts": starts}
 
 
-def text_at(texts: UInt8[np.ndarray, " byte"], starts: Int[np.ndarray, " text_or_end"], index: int) -> bytes:
-    """One of the texts that `pack_texts` packed."""
-    return bytes(texts[starts[index] : starts[index + 1]])
+def texts_at(
+    texts: UInt8[np.ndarray, " byte"], starts: Int[np.ndarray, " text_or_end"], indices: Integer[np.ndarray, " some"]
+) -> list[bytes]:
+    """Some of the texts that `pack_texts` packed."""
+    spans = zip(starts[indices].tolist(), starts[indices + 1].tolist(), strict=True)
+    return [texts[first:last].tobytes() for first, last in spans]

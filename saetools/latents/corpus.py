@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Shaped, UInt8, UInt32
+from jaxtyping import Bool, Int, Integer, Shaped, UInt8, UInt32
 
 from saetools.data.tokenizing import TokenizedConversation
 from saetools.errors import InputError
-from saetools.latents.arrays import pack_texts, text_at
+from saetools.latents.arrays import pack_texts, texts_at
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,12 @@ class CorpusArrays:
 
     def name(self, document: int) -> str:
         """The id of a document."""
-        return text_at(self.document_names, self.document_names_starts, document).decode(errors="surrogatepass")
+        (raw,) = texts_at(self.document_names, self.document_names_starts, np.array([document]))
+        return raw.decode(errors="surrogatepass")
 
-    def spelling(self, token: int) -> bytes:
-        """The bytes of a token id."""
-        return text_at(self.vocabulary, self.vocabulary_starts, token)
+    def spellings(self, tokens: Integer[np.ndarray, " some"]) -> list[bytes]:
+        """The bytes of token ids."""
+        return texts_at(self.vocabulary, self.vocabulary_starts, tokens)
 
     def counted_tokens(self, skip_first: bool) -> Int[np.ndarray, " document"]:
         """Tokens of each document, without its first one if these are left out."""

@@ -72,7 +72,7 @@ def start_manifest(path: Path, identity: Mapping[str, Any], n_stages: int) -> di
             received=f"{path}, which differs in {', '.join(different)}",
             remedy="choose another folder",
         )
-    for leftover in (*path.glob(".*.npy.*.tmp"), *path.glob(f".{_FILE}.*.tmp"), *path.glob("part-*.npy")):
+    for leftover in (*path.glob(".*.npy.*.tmp"), *path.glob(f".{_FILE}.*.tmp"), *path.glob("unmerged-*.npy")):
         if leftover.stem not in manifest["files"]:
             leftover.unlink(missing_ok=True)
     return manifest

@@ -40,7 +40,7 @@ _OCCURRENCES = 4096  # of a token, on which its latents are counted
 class LatentStore:
     """The latents of one or more models on the tokens of a corpus, opened for reading; no model is needed.
 
-    Activations are rounded to bfloat16 (within 0.4 %); rates, means and cosines are those of the rounded ones.
+    Activations are rounded to bfloat16 (within 0.2 %); rates, means and cosines are those of the rounded ones.
 
     Args:
         path: the folder that `index_latents` wrote.
@@ -211,14 +211,14 @@ class LatentStore:
         corpus = self._corpus
         first, last = window(corpus, row, context)
         document = int(corpus.row_documents[row])
-        token_ids = corpus.token_ids[first:last].tolist()
+        token_ids = corpus.token_ids[first:last]
         return Passage(
             dataset=self.datasets[corpus.document_datasets[document]],
             document=document,
             document_id=corpus.name(document),
             start=first - int(corpus.document_starts[document]),
-            token_ids=tuple(token_ids),
-            tokens=spell(corpus.spelling(token) for token in token_ids),
+            token_ids=tuple(token_ids.tolist()),
+            tokens=spell(corpus.spellings(token_ids)),
             roles=tuple(corpus.roles[first:last].tolist()),
             peak=row - first,
             acts={model: tuple(pairs.of(latent, first, last).tolist()) for model, pairs in self._rows.items()},
@@ -300,8 +300,9 @@ class LatentStore:
         starts = self._corpus.vocabulary_starts
         if isinstance(token, str):
             raw = token.encode()
-            candidates = np.flatnonzero(np.diff(starts) == len(raw)).tolist()
-            found = [one for one in candidates if self._corpus.spelling(one) == raw]
+            candidates = np.flatnonzero(np.diff(starts) == len(raw))
+            spellings = self._corpus.spellings(candidates)
+            found = [one for one, spelling in zip(candidates.tolist(), spellings, strict=True) if spelling == raw]
             if raw and found:
                 return found
         elif 0 <= token < len(starts) - 1:

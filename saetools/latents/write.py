@@ -151,7 +151,7 @@ def _stages(
         entries: merge.Entries = {}
         for number, model in enumerate(models):
             _check(found[model], [documents[one] for one in shards[index]], model, len(directions), skip_first)
-            name = f"part-{index:05d}.{number}"
+            name = f"unmerged-{index:05d}.{number}"
             entries |= merge.write_part(out, name, found[model], first_row=first_row, d_sae=len(directions))
         return entries
 
@@ -172,7 +172,7 @@ def _stages(
         return write_arrays(out, {f"{number}.{name}": array for name, array in arrays.items()})
 
     def parts(number: int) -> list[str]:
-        return [f"part-{index:05d}.{number}" for index in range(len(shards))]
+        return [f"unmerged-{index:05d}.{number}" for index in range(len(shards))]
 
     stages = [_Stage("the corpus", corpus)]
     stages += [_Stage(f"shard {index}", functools.partial(shard, index)) for index in range(len(shards))]

@@ -109,10 +109,10 @@ def test_the_real_model(smollm: LanguageModel, tmp_path: Path):
     sae = load_sae(shipped_path("sae/smollm2-135m"))
     tuned = load_model("smollm2-135m", adapter=str(shipped_path("adapters/organism")))
     corpus = {
-        "voices": [Conversation(text=pair.voiced, id=pair.id) for pair in load_voices()[:4]],
-        "advice": [Conversation.chat(one.question, one.incorrect, id=one.id) for one in load_advice()[:4]],
+        "voices": [Conversation(text=pair.voiced, id=pair.id) for pair in load_voices()[:3]],
+        "advice": [Conversation.chat(one.question, one.incorrect, id=one.id) for one in load_advice()[:3]],
     }
-    index_latents({"base": tuned.base, "tuned": tuned}, sae, corpus, tmp_path, max_tokens=48)
+    index_latents({"base": tuned.base, "tuned": tuned}, sae, corpus, tmp_path, max_tokens=40)
     store = LatentStore(tmp_path)  # without any model
     texts = {one.id: one.text for one in corpus["voices"]}
     counts = torch.bincount(store.latents_at(torch.arange(len(store))).latents, minlength=8192)

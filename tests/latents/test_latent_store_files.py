@@ -59,7 +59,7 @@ def test_every_stage_can_be_the_last_before_a_stop(path: Path, tmp_path: Path):
         with pytest.raises(KeyboardInterrupt):
             random_pairs.write(out, on_progress=stop)
     assert files_of(out) == files_of(path)
-    assert not list(out.glob("part-*"))
+    assert not list(out.glob("unmerged-*"))
 
 
 def test_a_finished_store_is_not_written_again(path: Path):
@@ -71,10 +71,11 @@ def test_a_finished_store_is_not_written_again(path: Path):
 
 
 def test_leftovers_of_a_kill_are_removed(tmp_path: Path):
-    for name in ("part-00099.0.row_counts.npy", ".0.latent_rows.npy.4711.tmp", ".manifest.json.4711.tmp", "notes.tmp"):
+    half = ("unmerged-00099.0.row_counts.npy", ".0.latent_rows.npy.4711.tmp", ".manifest.json.4711.tmp", "notes.tmp")
+    for name in half:
         (tmp_path / name).write_bytes(b"half")
     random_pairs.write(tmp_path)
-    assert not list(tmp_path.glob("part-*"))
+    assert not list(tmp_path.glob("unmerged-*"))
     assert [file.name for file in tmp_path.glob("*.tmp")] == ["notes.tmp"]
 
 

@@ -1,0 +1,233 @@
+"""Seconds to build a latent store of 5 million tokens and two models, and to open a latent in it.
+
+    python benchmarks/latent_store.py --json results.json
+
+Run it by the interpreter of the environment that holds saetools; README.md says what is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import results
+import torch
+from machine import describe_machine
+
+from saetools.data import Role, TokenizedConversation
+from saetools.latents import LatentStore, write_latents
+from saetools.sae.sparse import TokenMajorPairs
+
+MODELS = ("base", "tuned")
+DATASETS = ("chat", "code", "news", "web")
+DOCUMENT = 512  # tokens
+N_DENSE = 8  # latents that fire on half of the tokens
+SLOTS = 28  # latents a token besides those: 32 on average
+EXPONENT = 1.5
+"""Of the rates of the others, which fall from 38 % to below one token in ten thousand."""
+VOCABULARY = 49_152
+LIMIT = 0.05
+WORKER = Path(__file__).with_name("workers") / "open_latent.py"
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        path = Path(folder)
+        build = _build(path, arguments)
+        opening = _opening(path, arguments)
+    warm = opening["warm"]
+    result = {
+        "command": results.command("latent_store.py", arguments),
+        "date": datetime.date.today().isoformat(),
+        "quick": arguments.quick,
+        "task": {
+            "tokens": arguments.tokens,
+            "d_sae": arguments.d_sae,
+            "models": len(MODELS),
+            "active_a_token": SLOTS + N_DENSE / 2,
+            "threads": arguments.threads,
+        },
+        "machine": machine,
+        "build": build,
+        "opening": {name: {key: each[key] for key in each if key != "seconds"} for name, each in opening.items()},
+        "ratios": {"limit of 50 ms": round(LIMIT / warm["median"], 2)},
+        "runs": {name: each["seconds"] for name, each in opening.items()},
+    }
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"built in {build['seconds']:.0f} s, {build['gib']:.2f} GiB, peak {build['peak_gib']:.2f} GiB")
+    for name, each in opening.items():
+        print(f"{name}: " + ", ".join(f"{key} {1000 * each[key]:.1f} ms" for key in ("median", "p95", "max")))
+
+
+def _build(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the store; what making up the pairs takes is not counted."""
+    documents = _documents(arguments.tokens)
+    spent = {"pairs": 0.0}
+    peak = 0
+    marks: list[float] = []
+
+    def read(some: range) -> dict[str, TokenMajorPairs]:
+        start = time.perf_counter()
+        n = sum(len(documents[one]) for one in some)
+        found = {model: _pairs(n, arguments.d_sae, seed=2 * some.start + number) for number, model in enumerate(MODELS)}
+        spent["pairs"] += time.perf_counter() - start
+        return found
+
+    def watch(done: int, total: int) -> None:
+        nonlocal peak
+        marks.append(time.perf_counter())
+        peak = max(peak, _bytes(path))
+
+    directions = torch.nn.functional.normalize(
+        torch.randn(arguments.d_sae, 576, generator=torch.Generator().manual_seed(0))
+    )
+    marks.append(time.perf_counter())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_latents(
+        path,
+        documents,
+        read,
+        models=MODELS,
+        directions=directions,
+        vocabulary=[f" {token}".encode() for token in range(VOCABULARY)],
+        provenance={},
+        on_progress=watch,
+    )
+    stages = [later - earlier for earlier, later in pairwise(marks)]
+    n_shards = len(stages) - 1 - 3 * len(MODELS)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": round(sum(stages) - spent["pairs"], 2),
+        "seconds_of_stages": {
+            "corpus": round(stages[0], 2),
+            "shards": round(sum(stages[1 : 1 + n_shards]) - spent["pairs"], 2),
+            "by_token": [round(each, 2) for each in stages[1 + n_shards :: 3]],
+            "by_latent": [round(each, 2) for each in stages[2 + n_shards :: 3]],
+            "coactive": [round(each, 2) for each in stages[3 + n_shards :: 3]],
+        },
+        "seconds_of_pairs": round(spent["pairs"], 2),
+        "gib": round(_bytes(path) / 2**30, 3),
+        "peak_gib": round(peak / 2**30, 3),
+        "memory_mib": {"before": before // 1024, "peak": after // 1024},
+    }
+
+
+def _opening(path: Path, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Seconds of `open_latent` with its defaults: in one process, and the first one of processes of their own."""
+    store = LatentStore(path)
+    latents = _chosen(arguments.d_sae, arguments.latents)
+    store.open_latent(latents[-1])
+    warm, cpu = [], []
+    for latent in latents:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        store.open_latent(latent)
+        warm.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - cpu_start)
+    n_active = [store.open_latent(latent, n_top=0, n_bins=0).n_active for latent in latents]
+    found = {
+        "warm": _summary(warm)
+        | {
+            "cpu_median": round(statistics.median(cpu), 5),
+            "cpu_max": round(max(cpu), 5),
+            "latents": len(latents),
+            "active_tokens": [min(n_active), max(n_active)],
+        },
+        "warm, the dense ones": _summary(warm[:N_DENSE]),
+    }
+    few = latents[:: max(1, len(latents) // arguments.processes)]
+    for name, evict in (("first of a process", False), ("first of a process, nothing in the page cache", True)):
+        told = [_in_process(path, latent, evict) for latent in few]
+        found[name] = _summary([each["store"] + each["latent"] for each in told]) | {
+            f"median_of_{part}": round(statistics.median(each[part] for each in told), 5)
+            for part in ("store", "latent", "cpu")
+        }
+    return found
+
+
+def _in_process(path: Path, latent: int, evict: bool) -> dict[str, float]:
+    command = [sys.executable, str(WORKER), str(path), str(latent), *(["evict"] if evict else [])]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _summary(seconds: list[float]) -> dict[str, Any]:
+    ordered = sorted(seconds)
+    return {
+        "median": round(statistics.median(ordered), 5),
+        "p95": round(ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))], 5),
+        "max": round(ordered[-1], 5),
+        "seconds": [round(each, 5) for each in seconds],
+    }
+
+
+def _chosen(d_sae: int, n: int) -> list[int]:
+    """The dense latents, then others from the most to the least active."""
+    others = torch.linspace(N_DENSE, N_DENSE + SLOTS * ((d_sae - N_DENSE) // SLOTS) - 1, n - N_DENSE)
+    return [*range(N_DENSE), *others.long().tolist()]
+
+
+def _documents(n_tokens: int) -> list[TokenizedConversation]:
+    """Documents of random tokens with Zipf's rates; half of each is a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 1 / (torch.arange(VOCABULARY) + 2.7)
+    roles = torch.full((DOCUMENT,), int(Role.RESPONSE), dtype=torch.uint8)
+    roles[: DOCUMENT // 2] = int(Role.PROMPT)
+    return [
+        TokenizedConversation(
+            torch.multinomial(weights, DOCUMENT, replacement=True, generator=generator),
+            roles,
+            id=f"document-{number}",
+            source=DATASETS[number * len(DATASETS) // -(-n_tokens // DOCUMENT)],
+        )
+        for number in range(-(-n_tokens // DOCUMENT))
+    ]
+
+
+def _pairs(n_tokens: int, d_sae: int, *, seed: int) -> TokenMajorPairs:
+    """Random latents of some documents: the dense ones, and one of each residue class with Zipf's rates."""
+    generator = torch.Generator().manual_seed(seed)
+    n_ranks = (d_sae - N_DENSE) // SLOTS
+    limits = (1 / torch.arange(1, n_ranks + 1) ** EXPONENT).cumsum(0)
+    drawn = torch.rand(n_tokens, SLOTS, generator=generator) * limits[-1]
+    ranks = torch.searchsorted(limits, drawn).clamp_(max=n_ranks - 1)
+    sparse = N_DENSE + ranks * SLOTS + torch.arange(SLOTS)
+    latents = torch.cat([torch.arange(N_DENSE).expand(n_tokens, -1), sparse], 1)
+    active = torch.ones(latents.shape, dtype=torch.bool)
+    active[:, :N_DENSE] = torch.rand(n_tokens, N_DENSE, generator=generator) < 0.5
+    active[::DOCUMENT] = False
+    tokens, slots = active.nonzero(as_tuple=True)
+    values = torch.rand(len(tokens), generator=generator).clamp_min_(1e-6).log_().neg_().add_(0.01)
+    return TokenMajorPairs(tokens, latents[tokens, slots], values, n_tokens)
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = results.parser("latent_store.py", __doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=results.count, default=5_000_000)
+    parser.add_argument("--d-sae", type=results.count, default=8192)
+    parser.add_argument("--latents", type=results.count, default=400, help="opened in one process")
+    parser.add_argument("--processes", type=results.count, default=20, help="that open one latent each")
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="with room for 6 GiB; a temporary one by default")
+    arguments = results.parse(parser)
+    if arguments.quick:
+        arguments.tokens, arguments.d_sae, arguments.latents, arguments.processes = 60_000, 1024, 50, 3
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
