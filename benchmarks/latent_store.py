@@ -147,6 +147,7 @@ def _opening(path: Path, arguments: argparse.Namespace) -> dict[str, dict[str, A
         },
         "warm, the dense ones": _summary(warm[:N_DENSE]),
     }
+    del store  # what a process has mapped stays in the page cache
     few = latents[:: max(1, len(latents) // arguments.processes)]
     for name, evict in (("first of a process", False), ("first of a process, nothing in the page cache", True)):
         told = [_in_process(path, latent, evict) for latent in few]
@@ -225,7 +226,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, metavar="FOLDER", help="with room for 6 GiB; a temporary one by default")
     arguments = results.parse(parser)
     if arguments.quick:
-        arguments.tokens, arguments.d_sae, arguments.latents, arguments.processes = 60_000, 1024, 50, 3
+        arguments.tokens, arguments.d_sae, arguments.latents, arguments.processes = 30_000, 512, 50, 3
     return arguments
 
 

@@ -150,7 +150,7 @@ def _stages(
         first_row = int(starts[shards[index].start])
         entries: merge.Entries = {}
         for number, model in enumerate(models):
-            _check(found[model], [documents[one] for one in shards[index]], model, len(directions), skip_first)
+            _check(found.get(model), [documents[one] for one in shards[index]], model, len(directions), skip_first)
             name = f"unmerged-{index:05d}.{number}"
             entries |= merge.write_part(out, name, found[model], first_row=first_row, d_sae=len(directions))
         return entries
@@ -187,22 +187,28 @@ def _stages(
 
 
 def _check(
-    pairs: TokenMajorPairs, documents: Sequence[TokenizedConversation], model: str, d_sae: int, skip_first: bool
+    pairs: TokenMajorPairs | None,
+    documents: Sequence[TokenizedConversation],
+    model: str,
+    d_sae: int,
+    skip_first: bool,
 ) -> None:
     """Refuse pairs that are not those of the documents."""
-    if not bool(torch.isfinite(pairs.values).all()):
-        raise NonFiniteError(f"latents of {model} are not finite from conversation {documents[0].id!r} on")
     lengths = torch.tensor([len(one) for one in documents])
     first = torch.zeros(int(lengths.sum()), dtype=torch.bool)
     first[(lengths.cumsum(0) - lengths)[lengths > 0]] = skip_first
-    problems = {
-        f"{len(first)} tokens": pairs.n_tokens != len(first),
-        "tokens in ascending order": bool((pairs.tokens.diff() < 0).any()),
-        f"latents below {d_sae}": bool((pairs.latents >= d_sae).any()),
-        "activations other than 0": bool((pairs.values == 0).any()),
-    }
-    expected = next((words for words, wrong in problems.items() if wrong), None)
-    if expected is None and bool(first[pairs.tokens].any()):
+    if pairs is None or pairs.n_tokens != len(first):
+        expected = f"pairs of {len(first)} tokens"
+    elif bool((pairs.tokens.diff() < 0).any() or ((pairs.tokens < 0) | (pairs.tokens >= len(first))).any()):
+        expected = f"tokens from 0 to {len(first) - 1}, ascending"
+    elif bool(((pairs.latents < 0) | (pairs.latents >= d_sae)).any()):
+        expected = f"latents from 0 to {d_sae - 1}"
+    elif bool((pairs.values == 0).any()):
+        expected = "activations other than 0"
+    elif bool(first[pairs.tokens].any()):
         expected = "none on first positions, with skip_first"
-    if expected is not None:
-        raise InputError("read", expected=expected, received=f"others from {model}", remedy="mend what reads the pairs")
+    elif not bool(torch.isfinite(pairs.values).all()):
+        raise NonFiniteError(f"latents of {model} are not finite from conversation {documents[0].id!r} on")
+    else:
+        return
+    raise InputError("read", expected=expected, received=f"others for {model}", remedy="mend what reads the pairs")

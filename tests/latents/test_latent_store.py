@@ -302,9 +302,11 @@ def test_what_a_store_does_not_have(store: LatentStore):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"n_tokens": 5}, InputError, "read: expected \\d+ tokens, received others from base"),
-        ({"tokens": [2, 1]}, InputError, "tokens in ascending order"),
-        ({"latents": [1, D_SAE]}, InputError, "latents below 40"),
+        ({"n_tokens": 5}, InputError, "read: expected pairs of 4 tokens, received others for base"),
+        ({"tokens": [2, 1]}, InputError, "tokens from 0 to 3, ascending"),
+        ({"tokens": [1, 4]}, InputError, "tokens from 0 to 3, ascending"),
+        ({"latents": [1, D_SAE]}, InputError, "latents from 0 to 39"),
+        ({"latents": [-1, 1]}, InputError, "latents from 0 to 39"),
         ({"values": [1.0, 0.0]}, InputError, "activations other than 0"),
         ({"tokens": [0, 1]}, InputError, "none on first positions, with skip_first"),
         ({"values": [1.0, float("nan")]}, NonFiniteError, "latents of base are not finite from conversation 'x' on"),
@@ -317,6 +319,11 @@ def test_pairs_that_are_not_those_of_the_documents(tmp_path: Path, change: dict,
     pairs = TokenMajorPairs(**{name: torch.tensor(value) for name, value in given.items()}, n_tokens=n_tokens)
     with pytest.raises(error, match=words):
         random_pairs.write(tmp_path, [one], read=lambda some: {"base": pairs}, models=("base",))
+
+
+def test_pairs_of_another_model(tmp_path: Path, corpus: list[TokenizedConversation]):
+    with pytest.raises(InputError, match=r"read: expected pairs of \d+ tokens, received others for base"):
+        random_pairs.write(tmp_path, corpus, read=lambda some: {}, models=("base",))
 
 
 def test_nothing_to_index(tmp_path: Path, corpus: list[TokenizedConversation]):
