@@ -26,6 +26,7 @@ LAYERS = {
     "sae.nonlinearity": 0,
     "sae.sparse": 0,
     "provenance": 1,
+    "endpoint": 1,
     "saved_table": 1,
     "saved_result": 1,
     "models": 1,
