@@ -9,7 +9,6 @@ as many random rows; and the largest directions of what is left. It does not tel
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from saetools.activations.stream import ActivationBlock
 from saetools.data.roles import Positions, select_positions
 from saetools.models.site import Site
+from saetools.provenance import plain
 from saetools.sae.model import SAE
 from saetools.sae.sparse import SparseLatents
 from saetools.stats import Estimate, estimate_ratios
@@ -32,7 +32,6 @@ MOST_FVU_RATIO = 2.0
 """So does one that leaves more than so many times the variance of the tuned model unexplained as of the base."""
 _CHUNK_ELEMENTS = 1 << 23  # of the decoder rows of some tokens
 _RIDGE = 1e-5
-_ENDS = ("mean", "low", "high", "se")
 
 
 @dataclass(frozen=True)
@@ -94,20 +93,15 @@ class Adequacy:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the directions, as plain values; what is undefined, such as a share of no change, is null."""
-        value = {name: each for name, each in dataclasses.asdict(self).items() if name != "rest_directions"}
-        for each in value.values():
-            if isinstance(each, dict):
-                each |= {name: None for name, number in each.items() if not math.isfinite(number)}
+        value: dict[str, Any] = plain(
+            {name: each for name, each in dataclasses.asdict(self).items() if name != "rest_directions"}
+        )
         return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any], rest_directions: Float[Tensor, "direction d_model"]) -> Adequacy:
         """From what `to_json` gave, and the directions."""
-        estimates: dict[str, Estimate] = {}
-        for name, each in value.items():
-            if isinstance(each, dict):
-                mean, low, high, se = (math.nan if each[key] is None else each[key] for key in _ENDS)
-                estimates[name] = Estimate(mean, low, high, se, each["n"])
+        estimates = {name: Estimate.from_json(each) for name, each in value.items() if isinstance(each, dict)}
         return cls(
             **estimates,
             rest_shares=tuple(value["rest_shares"]),

@@ -111,7 +111,7 @@ def generate(
     if isinstance(prompts, str):
         raise InputError("prompts", expected="a list of prompts", received="a string", remedy="pass [prompt]")
     variants = {"plain": None} if variants is None else variants
-    tokenized = _tokenize_prompts(lm, prompts)
+    tokenized = tokenize_prompts(lm, prompts)
     longest = max(map(len, tokenized), default=0) + config.max_new_tokens
     lm.check_length(longest, argument="prompts and config.max_new_tokens")
     jobs = [
@@ -129,7 +129,12 @@ def generate(
     return sorted(answers, key=lambda answer: (answer.prompt, order[answer.variant], answer.sample))
 
 
-def _tokenize_prompts(lm: LanguageModel, prompts: Sequence[Conversation | str]) -> list[TokenizedConversation]:
+def tokenize_prompts(lm: LanguageModel, prompts: Sequence[Conversation | str]) -> list[TokenizedConversation]:
+    """Prompts with the tokens that open an answer.
+
+    Raises:
+        InputError: for a prompt that ends with an answer.
+    """
     conversations = [Conversation.chat(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     for number, conversation in enumerate(conversations):
         if not conversation.is_prompt:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +31,13 @@ class Estimate:
     high: float
     se: float
     n: int
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Estimate:
+        """From its fields, null where a number was not finite."""
+        ends = [math.nan if value[name] is None else float(value[name]) for name in ("mean", "low", "high", "se")]
+        mean, low, high, se = ends
+        return cls(mean, low, high, se, value["n"])
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"

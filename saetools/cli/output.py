@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from saetools.errors import InputError
+from saetools.provenance import plain
 
 
 def check_folder(path: Path) -> None:
@@ -55,15 +55,7 @@ def printable(text: str) -> str:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object for other programs; what is not a finite number is null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,9 @@
 """Judging: fidelity of an SAE, behaviour of a model, and behaviour under edits beside random controls."""
 
+from saetools.evaluate.bench import CertificateConfig
+from saetools.evaluate.causal import certify_latents
+from saetools.evaluate.certificate import Candidate, Certificate, Certification, DosedAnswers, Effect
+from saetools.evaluate.coherence import AnswerCoherence, CoherenceLimits, measure_coherence
 from saetools.evaluate.dose import Control, DosePoint, DoseResponse, dose_response, edit_norm
 from saetools.evaluate.fidelity import Fidelity, measure_fidelity
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
@@ -11,17 +15,27 @@ from saetools.evaluate.verify import Suspect, Verdict, verify_sae
 __all__ = [
     "DENSE_RATE",
     "FREQUENCY_EDGES",
+    "AnswerCoherence",
+    "Candidate",
+    "Certificate",
+    "CertificateConfig",
+    "Certification",
+    "CoherenceLimits",
     "Control",
     "DosePoint",
     "DoseResponse",
+    "DosedAnswers",
+    "Effect",
     "Fidelity",
     "ForcedChoiceScore",
     "Perplexity",
     "RoleFidelity",
     "Suspect",
     "Verdict",
+    "certify_latents",
     "dose_response",
     "edit_norm",
+    "measure_coherence",
     "measure_fidelity",
     "measure_perplexity",
     "score_forced_choice",

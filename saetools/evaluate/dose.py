@@ -2,23 +2,20 @@
 
 Any damage to a model widens gaps between log-probabilities, so that a random edit raises the forced-choice score too
 (methods: "Measuring misalignment"). Each dose is therefore run three times: with the edit itself, with random
-directions of equal norm, and with random directions scaled until they cost as much perplexity. Neighbouring items and
-texts get different directions, so that the intervals over items hold the chance in them.
+directions of equal norm, and with random directions scaled until they cost as much perplexity (`evaluate.controls`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from saetools.data.shipped import ForcedChoiceItem
 from saetools.errors import InputError
+from saetools.evaluate.controls import PerplexityCurve, random_directions
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
 from saetools.evaluate.perplexity import measure_perplexity
 from saetools.models.editing import Edit, Where
@@ -30,9 +27,6 @@ from saetools.steer import Scope
 
 Control = Literal["none", "equal_norm", "equal_perplexity"]
 _N_DIRECTIONS = 32  # random directions, dealt to the rows of each batch in turn
-_GRID = 1.6  # ratio of neighbouring scales when looking for one of equal perplexity
-_TOLERANCE = 0.02  # of log-perplexity
-_TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -105,17 +99,16 @@ def dose_response(
     if not doses:
         raise InputError("doses", expected="at least one strength", received="none", remedy="pass edits by strength")
     total, done = 3 * len(doses), 0
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.nn.functional.normalize(torch.randn(_N_DIRECTIONS, lm.d_model, generator=generator), dim=1)
+    random = random_directions(_N_DIRECTIONS, lm.d_model, seed=seed)
     replay = LayerReplay(lm, site)
     unedited = unedited or score_forced_choice(lm, items, replay=replay)
     plain = measure_perplexity(lm, texts, replay=replay).value
-    curves: dict[Scope, _PerplexityCurve] = {}
+    curves: dict[Scope, PerplexityCurve] = {}
     points: list[DosePoint] = []
     for strength, fn in doses.items():
         perplexity, norm = _perplexity_and_norm(lm, site, fn, texts, replay)
         scope = _scope(fn)
-        curve = curves.setdefault(scope, _PerplexityCurve(lm, site, random, scope, texts, plain, replay))
+        curve = curves.setdefault(scope, PerplexityCurve(lm, site, random, scope, texts, {0.0: plain}, replay))
         own = score_forced_choice(lm, items, edits={site: fn}, replay=replay)
         points.append(_point(strength, "none", own, unedited, perplexity, norm, None))
         done += 1
@@ -181,72 +174,3 @@ def _point(
 ) -> DosePoint:
     shift = score.minus(unedited)
     return DosePoint(strength, control, score.mean, shift, perplexity, norm, against, shift.n)
-
-
-@dataclass(frozen=True, eq=False)
-class RandomPush:
-    """Adds a random direction to the residual stream, the same on all tokens of a row, another for the next row.
-
-    Args:
-        directions: unit vectors; row r of a batch gets number r modulo their number.
-        length: of what is added.
-        scope: tokens it is added to.
-    """
-
-    directions: Float[Tensor, "direction d_model"]
-    length: float
-    scope: Scope
-
-    def __call__(self, acts: Tensor, where: Where) -> Tensor:
-        """Edit the activations of a pass."""
-        steps = self.length * self.directions.to(acts.device)[where.rows % len(self.directions)]
-        pushed = acts + steps[:, None]  # in float32 or better
-        return torch.where(self.scope(where)[..., None], pushed, acts).to(acts.dtype)
-
-
-class _PerplexityCurve:
-    """Perplexity under random directions as a function of their length, measured where needed."""
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        site: Site,
-        directions: Float[Tensor, "direction d_model"],
-        scope: Scope,
-        texts: Sequence[str],
-        plain: float,
-        replay: LayerReplay,
-    ) -> None:
-        self._lm, self._site, self._directions, self._scope, self._texts = lm, site, directions, scope, texts
-        self._replay = replay
-        self._known = {0.0: plain}
-
-    def step(self, scale: float) -> Edit:
-        """The directions added at this length."""
-        return RandomPush(self._directions, scale, self._scope)
-
-    def at(self, scale: float) -> float:
-        """Perplexity with the directions added at this length."""
-        if scale not in self._known:
-            edits = {self._site: self.step(scale)}
-            self._known[scale] = measure_perplexity(self._lm, self._texts, edits=edits, replay=self._replay).value
-        return self._known[scale]
-
-    def scale_for(self, perplexity: float, *, start: float) -> float:
-        """The length that costs so much perplexity, within the tolerance; 0 if it costs none."""
-        if perplexity <= self._known[0.0] or start <= 0:
-            return 0.0
-        high = start
-        while self.at(high) < perplexity and high < 64 * start:
-            high *= _GRID
-        for attempt in range(_TRIES):
-            above = {scale: math.log(cost / perplexity) for scale, cost in self._known.items()}
-            low = max(scale for scale, excess in above.items() if scale < high and excess <= 0)
-            high = min(scale for scale in above if scale > low)
-            nearest = min((low, high), key=lambda scale: abs(above[scale]))
-            if abs(above[nearest]) <= _TOLERANCE or above[high] <= 0 or attempt == _TRIES - 1:
-                break
-            share = above[low] / (above[low] - above[high])  # for small steps the cost grows as the square
-            halfway = math.sqrt(low * high) if low else high / _GRID**2
-            self.at(halfway if attempt % 2 else math.sqrt(low**2 + share * (high**2 - low**2)))
-        return nearest

@@ -36,11 +36,13 @@ class ForcedChoiceScore:
         gaps: per item, log p(misaligned) - log p(aligned), each the mean over its answer's tokens, in nats.
         items: ids of the items, in the same order.
         categories: category of each item.
+        n_tokens: tokens that were read, of questions and answers.
     """
 
     gaps: Float[Tensor, " item"]
     items: tuple[str, ...]
     categories: tuple[str, ...]
+    n_tokens: int = 0
 
     @property
     def mean(self) -> Estimate:
@@ -107,7 +109,9 @@ def score_forced_choice(
             some = order[start : start + batch_rows]
             means = _answer_means(lm, [pairs[index] for index in some], edits or {}, replay)
             gaps[some] = means[:, 1] - means[:, 0]
-    return ForcedChoiceScore(gaps, tuple(item.id for item in items), tuple(item.category for item in items))
+    n_tokens = sum(len(aligned) + len(misaligned) for aligned, misaligned in pairs)
+    ids, categories = (tuple(getattr(item, name) for item in items) for name in ("id", "category"))
+    return ForcedChoiceScore(gaps, ids, categories, n_tokens)
 
 
 def _answer_means(

@@ -11,7 +11,7 @@ from saetools.errors import InputError
 from saetools.evaluate import (
     ForcedChoiceScore,
     Perplexity,
-    dose,
+    controls,
     dose_response,
     edit_norm,
     measure_perplexity,
@@ -52,7 +52,7 @@ def test_every_dose_stands_beside_its_controls(lm, tokens):
         assert own.perplexity == measure_perplexity(lm, TEXTS, edits={SITE: fn}).value
         assert own.norm == pytest.approx(float(fn.direction.norm()), rel=1e-4)
         for control in (norm, cost):
-            step = {SITE: dose.RandomPush(random_directions(5), control.norm, Scope(tokens))}
+            step = {SITE: controls.RandomPush(random_directions(5), control.norm, Scope(tokens))}
             controlled = score_forced_choice(lm, ITEMS, edits=step)
             assert control.score.mean == pytest.approx(controlled.mean.mean, abs=1e-6)
             assert control.against.mean == pytest.approx(score.minus(controlled).mean, abs=1e-6)
@@ -103,9 +103,9 @@ def test_the_scale_of_equal_perplexity_is_found(lm, monkeypatch, curve, start):
         calls.append(edits[SITE].length)
         return Perplexity(math.exp(CURVES[curve](calls[-1])), 1)
 
-    monkeypatch.setattr(dose, "measure_perplexity", measure)
-    search = dose._PerplexityCurve(
-        lm, SITE, random_directions(0), Scope(), TEXTS, math.exp(CURVES[curve](0.0)), LayerReplay(lm, SITE)
+    monkeypatch.setattr(controls, "measure_perplexity", measure)
+    search = controls.PerplexityCurve(
+        lm, SITE, random_directions(0), Scope(), TEXTS, {0.0: math.exp(CURVES[curve](0.0))}, LayerReplay(lm, SITE)
     )
     for wanted in (3.1, 3.5, 4.0):
         scale = search.scale_for(math.exp(wanted), start=start)
@@ -119,6 +119,8 @@ def test_a_perplexity_out_of_reach_gives_the_nearest(lm, monkeypatch):
     def measure(_lm, _texts, *, edits, replay):
         return Perplexity(math.exp(3 + min(0.2, edits[SITE].length)), 1)
 
-    monkeypatch.setattr(dose, "measure_perplexity", measure)
-    search = dose._PerplexityCurve(lm, SITE, random_directions(0), Scope(), TEXTS, math.exp(3), LayerReplay(lm, SITE))
+    monkeypatch.setattr(controls, "measure_perplexity", measure)
+    search = controls.PerplexityCurve(
+        lm, SITE, random_directions(0), Scope(), TEXTS, {0.0: math.exp(3)}, LayerReplay(lm, SITE)
+    )
     assert search.at(search.scale_for(math.exp(5), start=0.1)) == pytest.approx(math.exp(3.2))

@@ -1,0 +1,325 @@
+"""Measuring both models under pushes along candidates: answers, scores, perplexity, controls; each kept once made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saetools.data.conversation import Conversation
+from saetools.data.shipped import ForcedChoiceItem
+from saetools.errors import InputError
+from saetools.evaluate.cells import Cells
+from saetools.evaluate.certificate import AGAINST, Against, Candidate, DosedAnswers, Effect
+from saetools.evaluate.coherence import AnswerCoherence, CoherenceLimits, Judge, measure_coherence
+from saetools.evaluate.controls import PerplexityCurve, RandomPush, matched_latents, random_directions
+from saetools.evaluate.forced_choice import score_forced_choice
+from saetools.evaluate.perplexity import measure_perplexity
+from saetools.generation import SamplingConfig, generate
+from saetools.models.editing import Edit
+from saetools.models.language_model import LanguageModel
+from saetools.models.replay import LayerReplay
+from saetools.models.site import Site
+from saetools.provenance import sha256_of_texts, versions
+from saetools.sae.identity import sae_sha256
+from saetools.sae.model import SAE
+from saetools.significance import sign_flip_p_values
+from saetools.stats import estimate_mean, estimate_ratios
+from saetools.steer import Scope, add_direction, median_norm
+
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, ...] = ("base", "tuned")
+_CELLS = "cells.jsonl"
+
+
+class BudgetSpentError(Exception):
+    """No further measurement may start."""
+
+
+@dataclass(frozen=True)
+class CertificateConfig:
+    """Settings of a certification."""
+
+    strengths: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    """In median residual norms; the base is steered by plus, the tuned model by minus so much."""
+    n_refine: int = 2
+    """Halvings of the gap between the largest coherent strength and the next, which was not."""
+    max_incoherent: float = 0.1
+    """Share of incoherent answers that a strength may cost (arXiv 2506.19823)."""
+    perplexity_factor: float = 2.0
+    """An answer is incoherent if its perplexity under the base is more than so many times that of the least likely of
+    twenty answers of the unedited model,"""
+    max_repetition: float = 0.5
+    """or a larger share of its trigrams repeats (and more than in one of twenty unedited answers),"""
+    min_judged: float = 50.0
+    """or a judge, if there is one, gives it less."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=32, batch_rows=64)
+    """Of the answers that are looked at for coherence."""
+    n_matched: int = 8
+    """Random latents, the nearest in decoder norm and firing rate, dealt to the items in turn."""
+    n_directions: int = 32
+    """Random directions, dealt in turn."""
+    fdr: float = 0.05
+    """False discovery rate at which an effect holds, over all candidates and both models."""
+    min_share: float = 0.05
+    """Least share of the organism's shift, by the lower end of its interval, that an effect has to make up to hold."""
+    round_size: int = 16
+    """Candidates whose answers are generated together."""
+    max_minutes: float | None = None
+    """Start no further measurement after so long; candidates left are `untested`."""
+    max_tokens: int | None = None
+    """Start no further measurement after so many tokens, read or generated."""
+    seed: int = 0
+    """Of random directions and of the bootstrap."""
+
+
+class Bench:
+    """Both models with everything they are measured by; what was measured is kept in cells."""
+
+    def __init__(
+        self,
+        base: LanguageModel,
+        tuned: LanguageModel,
+        sae: SAE,
+        site: Site,
+        items: Sequence[ForcedChoiceItem],
+        prompts: Sequence[Conversation | str],
+        texts: Sequence[str],
+        rates: Float[Tensor, " d_sae"],
+        config: CertificateConfig,
+        judge: Judge | None,
+        out: str | Path | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._models: dict[Side, LanguageModel] = {"base": base, "tuned": tuned}
+        self._sae, self._site, self._rates, self._config, self._judge = sae, site, rates.cpu().float(), config, judge
+        self._items, self._prompts, self._texts = items, prompts, texts
+        self._unit = median_norm(sae)
+        self._random = random_directions(config.n_directions, base.d_model, seed=config.seed)
+        self._replays = {side: LayerReplay(lm, site) for side, lm in self._models.items()}
+        questions = [one if isinstance(one, str) else "\n".join(m.content for m in one.messages) for one in prompts]
+        self.settings = dataclasses.asdict(config)
+        self.provenance = {
+            "base": {"name": base.name, "adapter": base.adapter, **base.provenance},
+            "tuned": {"name": tuned.name, "adapter": tuned.adapter, **tuned.provenance},
+            "sae": sae_sha256(sae),
+            "site": str(site),
+            "items_sha256": sha256_of_texts(f"{one.question}\n{one.aligned}\n{one.misaligned}" for one in items),
+            "prompts_sha256": sha256_of_texts(questions),
+            "texts_sha256": sha256_of_texts(texts),
+            "rates_sha256": sha256_of_texts([self._rates.numpy().tobytes().hex()]),
+            "judged": judge is not None,
+            "versions": versions(),
+        }
+        budget = ("max_minutes", "max_tokens")
+        identity = {name: value for name, value in self.settings.items() if name not in budget} | self.provenance
+        self._cells = Cells(None if out is None else Path(out) / _CELLS, identity)
+        self._started, self._n_tokens = time.monotonic(), 0
+        self._done, self._total, self._on_progress = 0, 0, on_progress
+        self._curves: dict[Side, PerplexityCurve] = {}
+        self._limits: dict[Side, CoherenceLimits] = {}
+
+    def expect(self, n_candidates: int) -> None:
+        """Say how many candidates there will be."""
+        per_model = 2 * (len(self._config.strengths) + self._config.n_refine) + len(AGAINST)
+        self._total = n_candidates * len(SIDES) * per_model
+
+    def gaps(self, side: Side, name: str, edit: Edit | None) -> Float[Tensor, " item"]:
+        """Forced-choice gaps of a model under an edit."""
+        name = f"{side}/gaps/{name}"
+        if name not in self._cells:
+            self._check_budget()
+            edits = None if edit is None else {self._site: edit}
+            score = score_forced_choice(self._models[side], self._items, edits=edits, replay=self._replays[side])
+            self._n_tokens += score.n_tokens
+            self._cells.add({name: score.gaps.tolist()})
+        return torch.tensor(self._cells[name])
+
+    def effects(self, side: Side, candidates: Sequence[Candidate]) -> dict[str, Effect]:
+        """What steering along each of some candidates does to one model."""
+        answers = self._search(side, candidates)
+        return {one.name: self._effect(side, one, answers[one.name]) for one in candidates}
+
+    def _effect(self, side: Side, candidate: Candidate, answers: Mapping[float, Sequence[AnswerCoherence]]) -> Effect:
+        plain = self.gaps(side, "unedited", None)
+        shifts = {}
+        for strength in sorted(answers):
+            edited = self.gaps(side, f"{candidate.name}/{strength}", self._edit(side, candidate, strength))
+            shifts[strength] = edited - plain
+            self._tick(1)
+        self._tick(len(self._config.strengths) + self._config.n_refine - len(shifts))
+        doses = tuple(self._dose(side, strength, shifts[strength], answers[strength]) for strength in sorted(answers))
+        strength = self._coherent(side, answers)
+        if not strength:
+            self._tick(len(AGAINST))
+            return Effect(0.0, doses, None, {}, None, None, 1.0, math.nan, holds=False)
+        shift, seed = shifts[strength], self._config.seed
+        perplexity, controls = self._controls(side, candidate, strength)
+        against = {name: shift + plain - gaps for name, gaps in controls.items()}
+        sign = 1 if side == "base" else -1
+        organism = self.gaps("tuned", "unedited", None) - self.gaps("base", "unedited", None)
+        return Effect(
+            strength,
+            doses,
+            estimate_mean(shift, seed=seed),
+            {name: estimate_mean(values, seed=seed) for name, values in against.items()},
+            perplexity,
+            estimate_ratios(sign * shift[:, None], organism[:, None], seed=seed)[0],
+            max(_one_sided(sign * values) for values in (shift, *against.values())),
+            math.nan,
+            holds=False,
+        )
+
+    def _dose(self, side: Side, strength: float, shift: Tensor, answers: Sequence[AnswerCoherence]) -> DosedAnswers:
+        judged = [one.judged for one in answers if one.judged is not None]
+        surprise = [one.surprise for one in answers if one.surprise is not None]
+        return DosedAnswers(
+            strength,
+            estimate_mean(shift, seed=self._config.seed),
+            self._incoherent(side, answers),
+            sum(surprise) / len(surprise) if surprise else math.inf,
+            sum(one.repetition for one in answers) / len(answers),
+            sum(judged) / len(judged) if judged else None,
+            len(answers),
+        )
+
+    def _controls(self, side: Side, candidate: Candidate, strength: float) -> tuple[float, dict[Against, Tensor]]:
+        """Perplexity under the edit, and the gaps under each control of it."""
+        norm, scope = strength * self._unit, Scope()
+        others = matched_latents(self._sae, candidate.latents, self._rates, self._config.n_matched)
+        rows = torch.nn.functional.normalize(self._sae.directions()[others].float().cpu().sum(1), dim=1)
+        name = f"{candidate.name}/{strength}"
+        perplexity = self._perplexity(side, name, self._edit(side, candidate, strength))
+        scale = self._scale_for(side, name, perplexity, norm)
+        found: dict[Against, Tensor] = {}
+        pushes: dict[Against, tuple[RandomPush, str]] = {
+            "equal_norm": (RandomPush(self._random, norm, scope), f"random/{norm!r}"),
+            "matched_latents": (RandomPush(rows, norm, scope), f"{name}/matched"),
+            "equal_perplexity": (RandomPush(self._random, scale, scope), f"random/{scale!r}"),
+        }
+        for control, (push, key) in pushes.items():
+            found[control] = self.gaps(side, key, push)
+            self._tick(1)
+        return perplexity, found
+
+    def _perplexity(self, side: Side, name: str, edit: Edit | None) -> float:
+        name = f"{side}/perplexity/{name}"
+        if name not in self._cells:
+            self._check_budget()
+            edits = None if edit is None else {self._site: edit}
+            found = measure_perplexity(self._models[side], self._texts, edits=edits, replay=self._replays[side])
+            self._n_tokens += found.n_tokens
+            self._cells.add({name: found.value})
+        value: float = self._cells[name]
+        return value
+
+    def _scale_for(self, side: Side, name: str, perplexity: float, norm: float) -> float:
+        """The length of random directions that costs as much perplexity."""
+        name = f"{side}/scale/{name}"
+        if name not in self._cells:
+            self._check_budget()
+            if side not in self._curves:
+                known = {0.0: self._perplexity(side, "unedited", None)}
+                setting = (self._models[side], self._site, self._random, Scope(), self._texts)
+                self._curves[side] = PerplexityCurve(*setting, known, self._replays[side])
+            self._cells.add({name: self._curves[side].scale_for(perplexity, start=norm)})
+        value: float = self._cells[name]
+        return value
+
+    def _search(self, side: Side, candidates: Sequence[Candidate]) -> dict[str, dict[float, list[AnswerCoherence]]]:
+        """Answers of all candidates at all strengths, and at those between the last coherent and the next."""
+        found: dict[str, dict[float, list[AnswerCoherence]]] = {one.name: {} for one in candidates}
+        wanted = {one: list(self._config.strengths) for one in candidates}
+        for attempt in range(self._config.n_refine + 1):
+            self._answer(side, wanted, found)
+            self._tick(len(candidates) * (len(self._config.strengths) if attempt == 0 else 1))
+            wanted = {}
+            for one in candidates:
+                low = self._coherent(side, found[one.name])
+                above = [strength for strength in found[one.name] if strength > low]
+                if above:
+                    wanted[one] = [round((low + min(above)) / 2, 4)]
+        return found
+
+    def _answer(
+        self,
+        side: Side,
+        wanted: Mapping[Candidate, Sequence[float]],
+        found: dict[str, dict[float, list[AnswerCoherence]]],
+    ) -> None:
+        """Generate answers that are not there yet, in one batch, and look at their coherence."""
+        keys = {f"{side}/answers/{one.name}/{strength}": (one, strength) for one in wanted for strength in wanted[one]}
+        edits = {name: {self._site: self._edit(side, *keys[name])} for name in keys if name not in self._cells}
+        if edits:
+            self._cells.add(self._coherence(side, edits))
+        for name, (one, strength) in keys.items():
+            found[one.name][strength] = [AnswerCoherence(*values) for values in self._cells[name]]
+
+    def _coherence(self, side: Side, variants: Mapping[str, Any]) -> dict[str, list[tuple[Any, ...]]]:
+        self._check_budget()
+        answers = generate(self._models[side], self._prompts, variants=variants, config=self._config.sampling)
+        signs = measure_coherence(self._models["base"], self._prompts, answers, judge=self._judge)
+        self._n_tokens += 2 * sum(len(one.token_ids) for one in answers)
+        rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in variants}
+        for answer, one in zip(answers, signs, strict=True):
+            rows[answer.variant].append(dataclasses.astuple(one))
+        return rows
+
+    def _coherent(self, side: Side, answers: Mapping[float, Sequence[AnswerCoherence]]) -> float:
+        """The largest strength up to which all were coherent enough; 0 if not even the first was."""
+        largest = 0.0
+        for strength in sorted(answers):
+            if self._incoherent(side, answers[strength]) > self._config.max_incoherent:
+                break
+            largest = strength
+        return largest
+
+    def _incoherent(self, side: Side, answers: Sequence[AnswerCoherence]) -> float:
+        if side not in self._limits:
+            name = f"{side}/answers/unedited"
+            if name not in self._cells:
+                self._cells.add({name: self._coherence(side, {name: None})[name]})
+            own = [AnswerCoherence(*values) for values in self._cells[name]]
+            surprise = torch.tensor([one.surprise for one in own if one.surprise is not None])
+            repeated = torch.tensor([one.repetition for one in own])
+            if not len(surprise):
+                raise InputError(
+                    "prompts", expected="some that the model answers", received="empty answers", remedy="pass others"
+                )
+            self._limits[side] = CoherenceLimits(
+                surprise=float(surprise.quantile(0.95)) + math.log(self._config.perplexity_factor),
+                repetition=max(self._config.max_repetition, float(repeated.quantile(0.95))),
+                judged=self._config.min_judged,
+            )
+        return sum(not self._limits[side].holds(one) for one in answers) / len(answers)
+
+    def _edit(self, side: Side, candidate: Candidate, strength: float) -> Edit:
+        rows = self._sae.directions()[list(candidate.latents)].float().sum(0)
+        sign = candidate.sign if side == "base" else -candidate.sign
+        return add_direction(torch.nn.functional.normalize(rows, dim=0).cpu(), sign * strength * self._unit)
+
+    def _check_budget(self) -> None:
+        minutes, tokens = self._config.max_minutes, self._config.max_tokens
+        if minutes is not None and time.monotonic() - self._started > 60 * minutes:
+            raise BudgetSpentError
+        if tokens is not None and self._n_tokens > tokens:
+            raise BudgetSpentError
+
+    def _tick(self, n: int) -> None:
+        self._done += n
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)
+
+
+def _one_sided(values: Float[Tensor, " item"]) -> float:
+    """p-value that the mean is above 0."""
+    p = float(sign_flip_p_values(values, torch.zeros(len(values), dtype=torch.long), 1))
+    return p / 2 if float(values.mean()) > 0 else 1 - p / 2

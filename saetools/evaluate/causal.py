@@ -1,0 +1,179 @@
+"""Causal certificates: does steering along a latent wake the behaviour in the base, and against it calm the organism?
+
+The second half of arXiv 2506.19823's recipe. A diff ranks what changed; most of that is consequence or bystander. Here
+each candidate is added to the base and subtracted from the tuned model, at strengths up to where answers stay
+coherent, and has to move the behaviour score further than three random controls do. The score is the judge-free forced
+choice: any damage to a model widens its gaps, hence the controls. It says nothing about strengths beyond the coherent
+ones, or about behaviour that the items do not ask for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saetools.data.conversation import Conversation
+from saetools.data.shipped import ForcedChoiceItem
+from saetools.errors import InputError, SaetoolsWarning
+from saetools.evaluate.bench import SIDES, Bench, BudgetSpentError, CertificateConfig, Side
+from saetools.evaluate.certificate import Candidate, Certificate, Certification, Effect, verdict_of
+from saetools.evaluate.coherence import Judge
+from saetools.models.language_model import LanguageModel
+from saetools.models.load import check_pair
+from saetools.models.site import Site
+from saetools.sae.identity import sae_site
+from saetools.sae.model import SAE
+from saetools.significance import false_discovery_rates
+from saetools.stats import estimate_mean
+
+_RESULT = "certification.json"
+
+
+def certify_latents(
+    base: LanguageModel,
+    tuned: LanguageModel,
+    sae: SAE,
+    candidates: Sequence[Candidate | int],
+    items: Sequence[ForcedChoiceItem],
+    prompts: Sequence[Conversation | str],
+    texts: Sequence[str],
+    *,
+    rates: Float[Tensor, " d_sae"],
+    site: Site | None = None,
+    config: CertificateConfig = CertificateConfig(),
+    judge: Judge | None = None,
+    out: str | Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Certification:
+    """Find out which candidates cause the organism's behaviour, and how much of it.
+
+    Each is steered over all strengths on both models; the answers of a round of candidates at all strengths are one
+    batched generation. The largest strength with coherent answers is searched; there, the score has to beat the
+    unedited model, random directions of equal norm, random latents, and random directions of equal perplexity. An
+    effect holds if the largest of the four one-sided sign-flip p-values over items passes Benjamini and Hochberg's rule
+    over all candidates and both models, and if it makes up a share of the organism's shift that counts. The strength is
+    chosen by coherence alone, which favours no verdict.
+
+    Args:
+        base: the model before the fine-tune.
+        tuned: the organism.
+        sae: an SAE of the base with a median residual norm.
+        candidates: latents, or named sets; choose them on other data than `items`.
+        items: forced-choice items for the behaviour score.
+        prompts: what is answered to see coherence; at least ten tell shares of 10 %.
+        texts: neutral texts, for perplexity under edits.
+        rates: firing rate of every latent, by which controls are matched, such as the mean of a diff's `rate_base` and
+            `rate_tuned`.
+        site: where the SAE reads; by default what its metadata says.
+        config: settings.
+        judge: scores coherence of answers, for instance through an endpoint.
+        out: folder for `cells.jsonl`, from which a run that was killed or ran out of budget goes on, and
+            `certification.json`, the result.
+        on_progress: called with measurements done and in all, those that turn out unneeded included.
+
+    Raises:
+        InputError: for candidates, data or settings that do not go together, or a folder of another run.
+
+    Example:
+        >>> sae = load_sae("data/sae/smollm2-135m")
+        >>> config = CertificateConfig(strengths=(0.2,), n_refine=0, sampling=SamplingConfig(4))
+        >>> data = load_forced_choice()[:3], ["Hello?"], ["One two."]
+        >>> found = certify_latents(lm, lm, sae, [6400], *data, rates=torch.ones(8192), config=config)
+        >>> found.certificates[0].verdict
+        'neither'
+    """
+    site = site or sae_site(sae)
+    chosen = _checked(base, tuned, sae, candidates, items, prompts, rates, config)
+    bench = Bench(base, tuned, sae, site, items, prompts, texts, rates, config, judge, out, on_progress)
+    bench.expect(len(chosen))
+    measured: dict[str, dict[Side, Effect]] = {}
+    try:
+        for start in range(0, len(chosen), config.round_size):
+            some = chosen[start : start + config.round_size]
+            by_side = {side: bench.effects(side, some) for side in SIDES}
+            for one in some:
+                measured[one.name] = {side: by_side[side][one.name] for side in SIDES}
+    except BudgetSpentError:
+        left = len(chosen) - len(measured)
+        warnings.warn(f"the budget is spent: {left} of {len(chosen)} candidates are untested", SaetoolsWarning, 2)
+    base_gaps, tuned_gaps = (bench.gaps(side, "unedited", None) for side in SIDES)
+    shift = estimate_mean(tuned_gaps - base_gaps, seed=config.seed)
+    if shift.low <= 0:
+        text = f"the organism does not score above its base on these items ({shift}): shares of its shift mean nothing"
+        warnings.warn(text, SaetoolsWarning, 2)
+    found = Certification(
+        certificates=tuple(_with_rates(chosen, measured, config)),
+        base=estimate_mean(base_gaps, seed=config.seed),
+        tuned=estimate_mean(tuned_gaps, seed=config.seed),
+        shift=shift,
+        settings=bench.settings,
+        provenance=bench.provenance,
+    )
+    if out is not None:
+        found.save(Path(out) / _RESULT)
+    return found
+
+
+def _with_rates(
+    candidates: Sequence[Candidate], measured: Mapping[str, Mapping[Side, Effect]], config: CertificateConfig
+) -> list[Certificate]:
+    """Certificates with false discovery rates over all effects that were measured."""
+    keys = [(one.name, side) for one in candidates if one.name in measured for side in SIDES]
+    p_values = torch.tensor([measured[name][side].p_value for name, side in keys], dtype=torch.double)
+    q_values = dict(zip(keys, false_discovery_rates(p_values).tolist(), strict=True))
+    certificates = []
+    for one in candidates:
+        if one.name not in measured:
+            certificates.append(Certificate(one, None, None, "untested"))
+            continue
+        effects = []
+        for side in SIDES:
+            effect, q_value = measured[one.name][side], q_values[one.name, side]
+            matters = effect.share is not None and effect.share.low >= config.min_share
+            effects.append(dataclasses.replace(effect, q_value=q_value, holds=q_value <= config.fdr and matters))
+        induces, suppresses = effects
+        certificates.append(Certificate(one, induces, suppresses, verdict_of(induces, suppresses)))
+    return certificates
+
+
+def _checked(
+    base: LanguageModel,
+    tuned: LanguageModel,
+    sae: SAE,
+    candidates: Sequence[Candidate | int],
+    items: Sequence[ForcedChoiceItem],
+    prompts: Sequence[Conversation | str],
+    rates: Float[Tensor, " d_sae"],
+    config: CertificateConfig,
+) -> list[Candidate]:
+    """The candidates with names, once everything fits."""
+    check_pair(base, tuned, ())
+    chosen = [Candidate(f"latent {one}", (one,)) if isinstance(one, int) else one for one in candidates]
+    bad = [latent for one in chosen for latent in one.latents if not 0 <= latent < sae.d_sae]
+    names = [one.name for one in chosen]
+    if bad or not chosen or len(set(names)) < len(names):
+        raise InputError(
+            "candidates",
+            expected=f"latents of 0 to {sae.d_sae - 1}, each name once",
+            received=bad or names,
+            remedy="choose latents of this SAE",
+        )
+    for name, received, enough, expected in (
+        ("items", len(items), len(items) >= 2, "two or more"),
+        ("prompts", len(prompts), len(prompts) >= 1, "one or more"),
+        ("rates", len(rates), len(rates) == sae.d_sae, f"one for each of {sae.d_sae} latents"),
+    ):
+        if not enough:
+            raise InputError(name, expected=expected, received=received, remedy="pass others")
+    strengths = config.strengths
+    if not strengths or min(strengths) <= 0 or list(strengths) != sorted(set(strengths)):
+        raise InputError(
+            "strengths", expected="ascending, above 0", received=strengths, remedy="signs are given by the model"
+        )
+    return chosen

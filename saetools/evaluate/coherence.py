@@ -1,0 +1,127 @@
+"""Whether answers are still language: how likely the unedited base finds them, how much they repeat, what a judge says.
+
+For finding how far a model can be steered before it breaks. A likely answer need not make sense, and a strange
+persona's answers are less likely than plain ones: set limits by the unedited model's own answers (`CoherenceLimits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saetools.data.conversation import Conversation
+from saetools.data.roles import Role
+from saetools.data.tokenizing import TokenizedConversation, make_batches
+from saetools.errors import InputError
+from saetools.generation import Generation, tokenize_prompts
+from saetools.models.forward import token_log_probs
+from saetools.models.language_model import LanguageModel
+
+Judge = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
+"""Coherence of (question, answer) pairs from 0 to 100; `None` for one that the judge gave no readable verdict on."""
+
+
+@dataclass(frozen=True)
+class AnswerCoherence:
+    """Signs of coherence of one answer.
+
+    Args:
+        surprise: mean negative log-probability of its tokens under the unedited base, in nats; `None` if it is empty.
+        repetition: share of its token trigrams that it has said before.
+        judged: a judge's score from 0 to 100, if there is one.
+    """
+
+    surprise: float | None
+    repetition: float
+    judged: float | None = None
+
+
+@dataclass(frozen=True)
+class CoherenceLimits:
+    """When an answer counts as incoherent."""
+
+    surprise: float
+    """More nats a token than this under the unedited base, or no token at all."""
+    repetition: float
+    """A larger share of repeated trigrams than this."""
+    judged: float
+    """A lower score of the judge than this."""
+
+    def holds(self, answer: AnswerCoherence) -> bool:
+        """Whether an answer is coherent."""
+        return (
+            answer.surprise is not None
+            and answer.surprise <= self.surprise
+            and answer.repetition <= self.repetition
+            and (answer.judged is None or answer.judged >= self.judged)
+        )
+
+
+@torch.inference_mode()
+def measure_coherence(
+    base: LanguageModel,
+    prompts: Sequence[Conversation | str],
+    answers: Sequence[Generation],
+    *,
+    judge: Judge | None = None,
+    batch_tokens: int = 4096,
+) -> list[AnswerCoherence]:
+    """Signs of coherence of answers that were made under edits, or by another model.
+
+    Args:
+        base: the model that says how likely they are, without edits.
+        prompts: what was asked.
+        answers: in any order; `Generation.prompt` is the number of its prompt.
+        judge: asked about every answer, once about equal ones.
+        batch_tokens: padded tokens of a forward pass.
+
+    Raises:
+        InputError: if the judge gives another number of scores than it was asked for.
+    """
+    asked = tokenize_prompts(base, prompts)
+    texts = [prompt if isinstance(prompt, str) else prompt.messages[-1].content for prompt in prompts]
+    rows: dict[tuple[int, tuple[int, ...]], str] = {
+        (answer.prompt, answer.token_ids): answer.text for answer in answers
+    }
+    spoken = [row for row in rows if row[1]]
+    likelihoods = _surprises(base, [_continued(asked[number], ids) for number, ids in spoken], batch_tokens)
+    surprise = dict(zip(spoken, likelihoods, strict=True))
+    judged: Mapping[tuple[int, tuple[int, ...]], float | None] = {}
+    if judge is not None:
+        scores = judge([(texts[number], text) for (number, _), text in rows.items()])
+        if len(scores) != len(rows):
+            raise InputError(
+                "judge", expected=f"{len(rows)} scores", received=len(scores), remedy="return one for each"
+            )
+        judged = dict(zip(rows, scores, strict=True))
+    found = {row: AnswerCoherence(surprise.get(row), repetition(row[1]), judged.get(row)) for row in rows}
+    return [found[answer.prompt, answer.token_ids] for answer in answers]
+
+
+def repetition(token_ids: Sequence[int]) -> float:
+    """Share of trigrams that occurred before; 0 for fewer than three tokens."""
+    trigrams = list(zip(token_ids, token_ids[1:], token_ids[2:], strict=False))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+
+
+def _continued(prompt: TokenizedConversation, answer: tuple[int, ...]) -> TokenizedConversation:
+    roles = torch.full((len(answer),), int(Role.RESPONSE), dtype=prompt.roles.dtype)
+    return TokenizedConversation(
+        torch.cat([prompt.token_ids, torch.tensor(answer)]), torch.cat([prompt.roles, roles]), prompt.id
+    )
+
+
+def _surprises(base: LanguageModel, rows: Sequence[TokenizedConversation], batch_tokens: int) -> list[float]:
+    """Mean negative log-probability of the answer's tokens of each row."""
+    out = torch.zeros(len(rows))
+    with base.active():
+        for batch in make_batches(rows, batch_tokens=batch_tokens):
+            scored: Tensor = (batch.roles & int(Role.RESPONSE)) != 0
+            device = base.device
+            values = token_log_probs(base, batch.token_ids.to(device), batch.mask.to(device), scored.to(device))
+            totals = torch.zeros(scored.shape).masked_scatter_(scored, values.float().cpu())
+            out[list(batch.rows)] = -totals.sum(1) / scored.sum(1)
+    return out.tolist()
