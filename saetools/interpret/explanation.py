@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,7 +120,6 @@ class ExplanationLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         raw = path.read_bytes() if path.exists() else b""
         whole = raw[: raw.rfind(b"\n") + 1]
@@ -132,7 +130,7 @@ class ExplanationLog:
     def append(self, explanation: Explanation) -> None:
         """Write one down."""
         line = json.dumps(asdict(explanation), ensure_ascii=False).encode() + b"\n"
-        with self._lock, enough_room(f"explanations in {self.path}"), self.path.open("ab") as file:
+        with enough_room(f"explanations in {self.path}"), self.path.open("ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

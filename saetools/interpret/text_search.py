@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from saetools.activations.stream import stream_activations
 from saetools.data.conversation import Conversation
@@ -19,6 +17,7 @@ from saetools.models.load import check_pair
 from saetools.models.site import Site
 from saetools.sae.identity import sae_site
 from saetools.sae.model import SAE
+from saetools.sae.sparse import SparseLatents
 
 Over = Literal["max", "mean"]
 Order = Literal["value", "increase", "decrease"]
@@ -103,29 +102,22 @@ def search_text(
         check_pair(first, last, [first.tokenizer.decode(tokenized.token_ids)])
     if len(tokenized) < 2:
         raise InputError("text", expected="two tokens or more", received=len(tokenized), remedy="pass a longer text")
-    dense: dict[str, Tensor] = {}
+    found: dict[str, SparseLatents] = {}
     for name, lm in models.items():
         (block,) = stream_activations(lm, [site or sae_site(sae)], [tokenized])
         (acts,) = block.acts.values()
-        dense[name] = sae.encode(acts.to(sae.W_dec.device)).to_dense().float().cpu()
-    values = {name: _over_tokens(acts, over) for name, acts in dense.items()}
-    active = torch.stack([(acts != 0).any(0) for acts in dense.values()]).any(0)
+        found[name] = sae.encode(acts.to(sae.W_dec.device))
+    active = torch.unique(torch.cat([latents.indices[latents.values != 0] for latents in found.values()]))
+    columns = {name: latents.of(active).float().cpu() for name, latents in found.items()}
+    values = {name: acts.amax(0) if over == "max" else acts.mean(0) for name, acts in columns.items()}
     rank = values[names[-1]] - (0 if order == "value" else values[names[0]])
-    rank = -rank if order == "decrease" else rank
-    chosen = torch.argsort(rank.masked_fill(~active, -torch.inf), descending=True, stable=True)[
-        : min(n, int(active.sum()))
-    ]
     hits = tuple(
         TextHit(
-            latent,
-            {name: float(value[latent]) for name, value in values.items()},
-            {name: tuple(acts[:, latent].tolist()) for name, acts in dense.items()},
+            int(active[place]),
+            {name: float(value[place]) for name, value in values.items()},
+            {name: tuple(acts[:, place].tolist()) for name, acts in columns.items()},
         )
-        for latent in chosen.tolist()
+        for place in rank.argsort(descending=order != "decrease", stable=True)[:n].tolist()
     )
     tokens = tuple(first.tokenizer.decode([token]) for token in block.token_ids.tolist())
-    return TextSearch(tokens, hits, int(active.sum()))
-
-
-def _over_tokens(acts: Float[Tensor, "token d_sae"], over: Over) -> Float[Tensor, " d_sae"]:
-    return acts.amax(0) if over == "max" else acts.mean(0)
+    return TextSearch(tokens, hits, len(active))

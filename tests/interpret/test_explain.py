@@ -204,6 +204,17 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path):
         assert server.requests == []
 
 
+def test_what_was_finished_before_an_interrupt_is_kept(tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with fake_server(oracle) as server:
+        with pytest.raises(KeyboardInterrupt):
+            explain(server, (1, 2, 3), log=tmp_path / "log", on_progress=interrupt)
+        assert [one.latent for one in load_explanations(tmp_path / "log")] == [1]
+        assert len(server.requests) <= 7 + 7  # of the latent that came next at most
+
+
 def test_known_latents_do_not_need_a_budget(tmp_path):
     with fake_server(oracle) as server:
         explain(server, (3,), log=tmp_path / "log")
