@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saetools.significance import bca_intervals, false_discovery_rates, sign_flip_p_values
+from saetools.significance import bootstrap_t_intervals, false_discovery_rates, sign_flip_p_values
 from saetools.stats import Estimate, bootstrap_weights
 
 FDR = 0.05
@@ -38,8 +38,8 @@ def change_figures(
         seed: of the bootstrap.
 
     Returns:
-        `delta`, the mean; its 95 % BCa interval `low`, `high`; standard error `se`; `effect` = delta / sd over units (0
-        if the sd is); `p_value` by sign flips; `q_value`.
+        `delta`, the mean; its 95 % bootstrap-t interval `low`, `high`; standard error `se`; `effect` = delta / sd over
+        units (0 if the sd is); `p_value` by sign flips; `q_value`.
     """
     n_measures, values = len(tested), values.double()
 
@@ -49,7 +49,7 @@ def change_figures(
     delta = mean(values)
     sd = ((mean(values.square()) - delta.square()).clamp_min(0) * (n_units / (n_units - 1))).sqrt()
     weights = bootstrap_weights(n_units, n_resamples, seed=seed)
-    low, high = bca_intervals(values, measures, units, n_measures, weights)
+    low, high = bootstrap_t_intervals(values, measures, units, n_measures, weights)
     p_values = torch.where(tested, sign_flip_p_values(values, measures, n_measures), math.nan)
     q_values = p_values.clone()
     q_values[tested] = false_discovery_rates(p_values[tested])

@@ -54,7 +54,7 @@ class LatentDiff:
             over the tokens of a conversation and then over conversations), `rate_base`, `rate_tuned` (share of tokens
             on which it is active, averaged alike), `max_base`, `max_tuned` and the quantiles `p50_base` to `p99_tuned`
             (of its sizes over the tokens where it is active); `delta` = mean_tuned - mean_base with its 95 % interval
-            `low`, `high` (BCa bootstrap over conversations) and standard error `se`, `effect` = delta / sd over
+            `low`, `high` (bootstrap-t over conversations) and standard error `se`, `effect` = delta / sd over
             conversations (0 if the sd is), `rate_delta`, `n_active` = conversations in which it is active in either
             model, `p_value` (sign flips, two-sided) and `q_value` (the false discovery rate at which it counts as
             changed), both null for latents with too few of them, `rank` (1 = largest increase), `n_conversations`.

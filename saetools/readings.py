@@ -58,7 +58,7 @@ class ChangeSplit:
         table: one row per latent, by `latent`: mean activation of each model on each text (`base_on_base`,
             `base_on_tuned`, `tuned_on_base`, `tuned_on_tuned`), averaged over tokens, then over a prompt's answers,
             then over prompts; for each of `total`, `representation` and `content` the mean change, its 95 % interval
-            `_low`, `_high` (BCa bootstrap over prompts), standard error `_se`, `_p_value` (sign flips, two-sided) and
+            `_low`, `_high` (bootstrap-t over prompts), standard error `_se`, `_p_value` (sign flips, two-sided) and
             `_q_value`, the latter two null for latents active in too few prompts; `n_active` prompts in which it is
             active in any of the four; `rank` (1 = largest total increase).
         share: how much of the change of all latents together is representation: its projection on the total change,
