@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saetools.activations import ActivationStore, HarvestConfig, harvest, stream_activations
     from saetools.attribution import attribute_latents
+    from saetools.consensus import Consensus, find_consensus
     from saetools.data import (
         Conversation,
         Message,
@@ -35,14 +36,19 @@ if TYPE_CHECKING:
         store_passages,
     )
     from saetools.latents import LatentStore, index_latents, measure_latents
+    from saetools.matching import compare_across_saes, match_latents, measure_coactivation
     from saetools.models import LanguageModel, Site, edit, load_model, read
+    from saetools.rankings import Rankings, compare_rankings
+    from saetools.readings import ChangeSplit, split_change
     from saetools.report import PersonaReport, write_report
     from saetools.sae import SAE, TrainConfig, load_sae, save_sae, train_sae
+    from saetools.trajectory import Trajectory, trace_checkpoints, trace_scales
     from saetools.tuned_only import find_tuned_only
 
 _HOMES = {
     "activations": ("ActivationStore", "HarvestConfig", "harvest", "stream_activations"),
     "attribution": ("attribute_latents",),
+    "consensus": ("Consensus", "find_consensus"),
     "data": (
         "Conversation",
         "Message",
@@ -70,9 +76,13 @@ _HOMES = {
         "store_passages",
     ),
     "latents": ("LatentStore", "index_latents", "measure_latents"),
+    "matching": ("compare_across_saes", "match_latents", "measure_coactivation"),
     "models": ("LanguageModel", "Site", "edit", "load_model", "read"),
+    "rankings": ("Rankings", "compare_rankings"),
+    "readings": ("ChangeSplit", "split_change"),
     "report": ("PersonaReport", "write_report"),
     "sae": ("SAE", "TrainConfig", "load_sae", "save_sae", "train_sae"),
+    "trajectory": ("Trajectory", "trace_checkpoints", "trace_scales"),
     "tuned_only": ("find_tuned_only",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -81,6 +91,8 @@ _MODULES = ("steer",)
 __all__ = [
     "SAE",
     "ActivationStore",
+    "ChangeSplit",
+    "Consensus",
     "Conversation",
     "Endpoint",
     "Explanation",
@@ -92,15 +104,20 @@ __all__ = [
     "LatentStore",
     "Message",
     "PersonaReport",
+    "Rankings",
     "SamplingConfig",
     "Site",
     "TrainConfig",
+    "Trajectory",
     "attribute_latents",
+    "compare_across_saes",
+    "compare_rankings",
     "diff_latents",
     "direct_effects",
     "dose_response",
     "edit",
     "explain_latents",
+    "find_consensus",
     "find_tuned_only",
     "finetune_lora",
     "generate",
@@ -112,7 +129,9 @@ __all__ = [
     "load_model",
     "load_sae",
     "load_voices",
+    "match_latents",
     "mean_difference",
+    "measure_coactivation",
     "measure_fidelity",
     "measure_latents",
     "measure_perplexity",
@@ -124,10 +143,13 @@ __all__ = [
     "search_explanations",
     "search_text",
     "shipped_path",
+    "split_change",
     "steer",
     "store_passages",
     "stream_activations",
     "tokenize",
+    "trace_checkpoints",
+    "trace_scales",
     "train_sae",
     "write_report",
 ]

@@ -90,7 +90,7 @@ def projection_share(
         seed: of the bootstrap.
 
     Returns:
-        The share; NaN where the whole is no longer than noise, in the data or in a resample.
+        The share, NaN if the whole is no longer than noise; its interval is NaN if that is so in any resample.
     """
     products = torch.zeros(2, n_units, n_units, dtype=torch.double)
     for start in range(0, n_measures, _CHUNK):
@@ -103,11 +103,12 @@ def projection_share(
     sums = products.sum((1, 2))
     weights = bootstrap_weights(n_units, n_resamples, seed=seed).double()
     resampled = (weights @ products * weights).sum(2)
-    if not bool(sums[1] > 0) or not bool((resampled[1] > 0).all()):
-        return Estimate(math.nan, math.nan, math.nan, math.nan, n_units)
+    mean = float(sums[0] / sums[1]) if sums[1] > 0 else math.nan
+    if not sums[1] > 0 or not bool((resampled[1] > 0).all()):
+        return Estimate(mean, math.nan, math.nan, math.nan, n_units)
     ratios = resampled[0] / resampled[1]
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return Estimate(float(sums[0] / sums[1]), low, high, float(ratios.std()), n_units)
+    return Estimate(mean, low, high, float(ratios.std()), n_units)
 
 
 def ranks(values: Float[Tensor, " latent"]) -> Int[Tensor, " latent"]:

@@ -63,7 +63,7 @@ class ChangeSplit:
             active in any of the four; `rank` (1 = largest total increase).
         share: how much of the change of all latents together is representation: its projection on the total change,
             over the total's squared length; content is the rest. Counted from products of different prompts, so that
-            noise does not pass for change; NaN if there is no more change than noise.
+            noise does not pass for change; NaN, or its interval, if there is hardly more change than noise.
         answers: the answers that were read, by model and prompt.
         provenance: models, SAE, prompts, settings, counts, versions.
     """
