@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 By = Literal["cosine", "correlation"]
-_ELEMENTS = 1 << 22  # of similarities, and of products of activations, that exist at the same time
+_ELEMENTS = 1 << 20  # of similarities, and of products of activations, that exist at the same time
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,27 @@ class Coactivation:
             place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner] + starts[tokens][owner]
             cells = (self.latents_a[some].long()[owner] - first) * d_b + self.latents_b[place].long()
             dots.index_add_(0, cells, (self.values_a[some][owner] * self.values_b[place]).double())
-        a, b = self._moments(0), self._moments(1)
+        a, b = self._moments
         mean_a, sd_a, n_a = (values[first:last, None] for values in a)
         covariance = dots.view(last - first, d_b) / self.n_tokens - mean_a * b[0]
         known = (n_a >= min_active) & (b[2] >= min_active) & (sd_a * b[1] > 0)
         return torch.where(known, covariance / (sd_a * b[1]).clamp_min(1e-300), -torch.inf).float()
 
-    def _moments(self, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and standard deviation over all tokens of every latent of one SAE, and the tokens it is active on."""
-        latents = (self.latents_a, self.latents_b)[side].long()
-        values = (self.values_a, self.values_b)[side].double()
-        zeros = torch.zeros(2, self.n_latents[side], dtype=torch.double)
-        mean, square = zeros.index_add_(1, latents, torch.stack([values, values.square()])) / self.n_tokens
-        sd = (square - mean.square()).clamp_min(0).sqrt()
-        return mean, sd, torch.bincount(latents, minlength=self.n_latents[side])
+    @cached_property
+    def _moments(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """Of either SAE: every latent's mean and standard deviation over all tokens, and the tokens it is active on."""
+        return tuple(
+            _moments(latents.long(), values.double(), n, self.n_tokens)
+            for latents, values, n in zip(
+                (self.latents_a, self.latents_b), (self.values_a, self.values_b), self.n_latents, strict=True
+            )
+        )
+
+
+def _moments(latents: Tensor, values: Tensor, n_latents: int, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    sums = torch.zeros(2, n_latents, dtype=torch.double)
+    mean, square = sums.index_add_(1, latents, torch.stack([values, values.square()])) / n_tokens
+    return mean, (square - mean.square()).clamp_min(0).sqrt(), torch.bincount(latents, minlength=n_latents)
 
 
 def measure_coactivation(
