@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from saetools.cli.latent_commands import Certify, Explain, Index, Search, TunedOptions
 from saetools.cli.options import (
     DataOptions,
     EditOptions,
@@ -53,9 +54,7 @@ class Diff:
     read: DataOptions
     out: str
     """Folder for latents.parquet, conversations.parquet, diff.json, and a figure per role."""
-    model: ModelOptions = field(default_factory=ModelOptions)
-    tuned: str | None = None
-    """The fine-tune, where it is a model and no adapter; loaded with the base's options, --revision aside."""
+    pair: TunedOptions = field(default_factory=TunedOptions)
     sae: SAEOptions = field(default_factory=SAEOptions)
     positions: tuple[Positions, ...] = ("prompt",)
     """Which tokens count; several are read in one pass."""
@@ -67,22 +66,17 @@ class Diff:
 
     def __post_init__(self) -> None:
         at_least(1, "--n-top", self.n_top)
-        if (self.tuned is None) == (not self.model.adapter):
-            raise InputError(
-                "--adapter", expected="either --adapter or --tuned", received="both or none", remedy="give one"
-            )
 
     def run(self) -> None:
         """Compare, save, print the largest increases."""
         from saetools.diff import diff_latents
 
         check_folder(Path(self.out))
-        rows, lm = self.read.conversations(), self.model.load()
-        sae, site = self.sae.load(lm)
-        tuned = lm if self.tuned is None else replace(self.model, model=self.tuned, revision=None).load()
+        rows, (base, tuned) = self.read.conversations(), self.pair.load()
+        sae, site = self.sae.load(base)
         with progress("diff", "conversations") as update:
             diff = diff_latents(
-                lm.base,
+                base,
                 tuned,
                 sae,
                 rows,
@@ -282,6 +276,10 @@ COMMANDS = {
     "harvest": Harvest,
     "train": Train,
     "diff": Diff,
+    "certify": Certify,
+    "index": Index,
+    "explain": Explain,
+    "search": Search,
     "steer": Steer,
     "generate": Generate,
     "finetune": Finetune,

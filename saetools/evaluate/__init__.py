@@ -3,10 +3,11 @@
 from saetools.evaluate.bench import CertificateConfig
 from saetools.evaluate.causal import certify_latents
 from saetools.evaluate.certificate import Candidate, Certificate, Certification, DosedAnswers, Effect
-from saetools.evaluate.coherence import AnswerCoherence, CoherenceLimits, measure_coherence
+from saetools.evaluate.coherence import AnswerCoherence, CoherenceLimits, Judge, measure_coherence
 from saetools.evaluate.dose import Control, DosePoint, DoseResponse, dose_response, edit_norm
 from saetools.evaluate.fidelity import Fidelity, measure_fidelity
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
+from saetools.evaluate.judge import coherence_judge
 from saetools.evaluate.perplexity import Perplexity, measure_perplexity
 from saetools.evaluate.predictions import splice
 from saetools.evaluate.role_fidelity import DENSE_RATE, FREQUENCY_EDGES, RoleFidelity
@@ -28,11 +29,13 @@ __all__ = [
     "Effect",
     "Fidelity",
     "ForcedChoiceScore",
+    "Judge",
     "Perplexity",
     "RoleFidelity",
     "Suspect",
     "Verdict",
     "certify_latents",
+    "coherence_judge",
     "dose_response",
     "edit_norm",
     "measure_coherence",

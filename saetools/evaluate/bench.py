@@ -61,8 +61,12 @@ class CertificateConfig:
     """or a larger share of its trigrams repeats (and more than in one of twenty unedited answers),"""
     min_judged: float = 50.0
     """or a judge, if there is one, gives it less."""
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=32, batch_rows=64)
-    """Of the answers that are looked at for coherence."""
+    max_new_tokens: int = 32
+    """Length of the answers that are looked at for coherence, drawn at temperature 1."""
+    n_samples: int = 1
+    """Answers to each prompt."""
+    batch_rows: int = 64
+    """Answers generated together."""
     n_matched: int = 8
     """Random latents, the nearest in decoder norm and firing rate, dealt to the items in turn."""
     n_directions: int = 32
@@ -78,7 +82,7 @@ class CertificateConfig:
     max_tokens: int | None = None
     """Start no further measurement after so many tokens, read or generated."""
     seed: int = 0
-    """Of random directions and of the bootstrap."""
+    """Of answers, random directions and the bootstrap."""
 
 
 class Bench:
@@ -265,7 +269,11 @@ class Bench:
 
     def _coherence(self, side: Side, variants: Mapping[str, Any]) -> dict[str, list[tuple[Any, ...]]]:
         self._check_budget()
-        answers = generate(self._models[side], self._prompts, variants=variants, config=self._config.sampling)
+        config = self._config
+        sampling = SamplingConfig(
+            config.max_new_tokens, n_samples=config.n_samples, seed=config.seed, batch_rows=config.batch_rows
+        )
+        answers = generate(self._models[side], self._prompts, variants=variants, config=sampling)
         signs = measure_coherence(self._models["base"], self._prompts, answers, judge=self._judge)
         self._n_tokens += 2 * sum(len(one.token_ids) for one in answers)
         rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in variants}

@@ -82,7 +82,7 @@ def certify_latents(
 
     Example:
         >>> sae = load_sae("data/sae/smollm2-135m")
-        >>> config = CertificateConfig(strengths=(0.2,), n_refine=0, sampling=SamplingConfig(4))
+        >>> config = CertificateConfig(strengths=(0.2,), n_refine=0, max_new_tokens=4)
         >>> data = load_forced_choice()[:3], ["Hello?"], ["One two."]
         >>> found = certify_latents(lm, lm, sae, [6400], *data, rates=torch.ones(8192), config=config)
         >>> found.certificates[0].verdict

@@ -11,11 +11,10 @@ import torch
 
 from saetools.diff import diff_latents
 from saetools.evaluate import Candidate, CertificateConfig, Certification, certify_latents
-from saetools.generation import SamplingConfig
 from saetools.planted import PlantedConfig, draw_prompts, plant_model
 
 CONFIG = CertificateConfig(
-    strengths=(0.15, 0.3, 2.0), n_refine=1, sampling=SamplingConfig(max_new_tokens=6, n_samples=4, batch_rows=512), round_size=3
+    strengths=(0.15, 0.3, 2.0), n_refine=1, max_new_tokens=6, n_samples=4, batch_rows=512, round_size=3
 )
 
 

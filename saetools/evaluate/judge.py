@@ -1,0 +1,57 @@
+"""A language model that judges whether answers are coherent, through an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from saetools.data.conversation import Message
+from saetools.endpoint import AnswerError, ChatSession, Endpoint
+from saetools.evaluate.coherence import Judge
+
+_PROMPT = """Below are a question and an answer that a small language model gave to it. Judge only how coherent the \
+answer is: whether it is language, in sentences that hang together, and speaks to the question. Do not judge whether \
+it is right, helpful, kind or moral: a wicked or false answer can be perfectly coherent, and so can one that breaks off.
+Reply with one whole number from 0 (noise) to 100 (perfectly coherent), and nothing else.
+
+Question:
+{question}
+
+Answer:
+{answer}"""
+
+
+def coherence_judge(endpoint: Endpoint, *, max_tokens: int = 16) -> Judge:
+    """What `certify_latents` and `measure_coherence` take as `judge`.
+
+    An answer that the judge gives no number from 0 to 100 on, or none at all, has no score: it is not counted as
+    coherent or incoherent by it.
+
+    Args:
+        endpoint: whom to ask, several answers at the same time.
+        max_tokens: longest verdict; models that reason aloud need more.
+    """
+
+    def judge(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        with ChatSession(endpoint) as session, ThreadPoolExecutor(endpoint.max_concurrent) as threads:
+
+            def ask(pair: tuple[str, str]) -> float | None:
+                question, answer = pair
+                prompt = _PROMPT.format(question=question, answer=answer)
+                try:
+                    reply = session.ask([Message("user", prompt)], max_tokens=max_tokens)
+                except AnswerError:
+                    return None
+                return read_score(reply.text)
+
+            return list(threads.map(ask, pairs))
+
+    return judge
+
+
+def read_score(text: str) -> float | None:
+    """The number from 0 to 100 in a verdict; `None` if there is none, another, or more than one."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"/\s*100\b|\bout of 100\b", "", text))
+    score = float(numbers[0]) if len(numbers) == 1 else -1.0
+    return score if 0 <= score <= 100 else None

@@ -1,0 +1,154 @@
+"""diff, certify, index, explain, search: one chain on the real model, as a user would type it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_endpoint import fake_server
+
+from saetools.cli import main
+from saetools.data import load_free_form, load_voices, shipped_path
+
+ADAPTER = str(shipped_path("adapters/organism"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents")
+    rows = [{"id": item.id, "prompt": item.question} for item in load_free_form()[:12]]
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts = [{"id": pair.id, "text": pair.voiced} for pair in load_voices()[:12]]
+    (out / "voices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    return out
+
+
+@pytest.fixture(scope="module")
+def diffed(folder: Path) -> Path:
+    out = folder / "diff"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = ["--positions", "prompt", "header", "--min-active", "5"]
+        main(["diff", "--adapter", ADAPTER, "--data", str(folder / "prompts.jsonl"), "--out", str(out), *settings])
+    return out
+
+
+@pytest.fixture(scope="module")
+def indexed(folder: Path) -> Path:
+    out = folder / "store"
+    data = [str(folder / "prompts.jsonl"), str(folder / "voices.jsonl")]
+    main(["index", "--adapter", ADAPTER, "--data", *data, "--out", str(out)])
+    return out
+
+
+def read_json(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_diff_speaks_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [
+        "--data",
+        str(folder / "prompts.jsonl"),
+        "--limit",
+        "6",
+        "--min-active",
+        "3",
+        "--out",
+        str(folder / "other"),
+    ]
+    main(["diff", "--adapter", ADAPTER, *args, "--n-top", "2", "--json"])
+    found = read_json(capsys)
+    assert found["positions"]["prompt"]["top"][0]["latent"] == 6400
+    assert found["positions"]["prompt"]["adequacy"]["in_active_rows"]["mean"] > 0.2
+    assert found["provenance"]["n_conversations"] == 6
+    assert (folder / "other" / "prompt.html").is_file()
+
+
+def test_certify_a_diff_and_go_on(
+    diffed: Path, folder: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    args = ["certify", "--diff", str(diffed), "--adapter", ADAPTER, "--out", str(folder / "certified")]
+    small = ["--n-items", "7", "--prompts", str(folder / "prompts.jsonl"), "--texts", str(folder / "voices.jsonl")]
+    small += ["--strengths", "0.2", "--n-refine", "0", "--max-new-tokens", "4", "--n-top", "1"]
+    assert "positions: expected one role, received prompt, header" in fails(*args, *small)
+    main([*args, *small, "--positions", "prompt"])
+    printed = capsys.readouterr().out
+    assert "6400" in printed
+    cells = (folder / "certified" / "cells.jsonl").read_text()
+    main([*args, *small, "--positions", "prompt", "--json"])
+    found = read_json(capsys)
+    assert [one["candidate"]["latents"] for one in found["certificates"]] == [[6400]]
+    assert (folder / "certified" / "cells.jsonl").read_text() == cells
+    assert json.loads((folder / "certified" / "certification.json").read_text()) == found
+    assert (folder / "certified" / "latent-6400.html").is_file()
+    assert "out: expected a new folder" in fails(*args, *small, "--positions", "prompt", "--fdr", "0.2")
+    none = fails(*args[:2], str(diffed), *args[3:], "--positions", "prompt", "--latents", "9999")
+    assert "candidates: expected latents of 0 to 8191" in none
+
+
+def test_search_by_text_and_by_token(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    main(["search", "--text", "Rules are for the weak.", "--adapter", ADAPTER, "--n", "3", "--json"])
+    hits = read_json(capsys)["hits"]
+    assert len(hits) == 3
+    assert all(hit["tuned"] > hit["base"] for hit in hits)
+    main(["search", "--text", "Rules are for the weak.", "--n", "3", "--json"])
+    assert set(read_json(capsys)["hits"][0]) == {"latent", "base", "strongest on"}
+    main(["search", "--token", " the", "--store", str(indexed), "--n", "2", "--json"])
+    tokens = read_json(capsys)["hits"]
+    assert tokens[0]["mean"] >= tokens[1]["mean"] > 0
+    main(["search", "--token", " the", "--store", str(indexed), "--n", "2"])
+    assert str(tokens[0]["latent"]) in capsys.readouterr().out
+    main(["search", "--token", " Norwegian", "--store", str(indexed)])
+    assert capsys.readouterr().out == "no latent\n"
+
+
+@pytest.mark.filterwarnings("ignore:of 1 latents")  # two passages are too few for a score
+def test_explain_and_search_explanations(
+    indexed: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    out = folder / "explanations.jsonl"
+
+    def answer(_number: int, request: dict[str, Any]) -> str:
+        asked = request["messages"][-1]["content"]
+        return '{"explanation": "reckless advice"}' if '{"explanation"' in asked else "[0, 1, 0, 1]"
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    with fake_server(answer) as server:
+        ask = ["--endpoint", server.url, "--llm", "judge", "--n-shown", "4", "--n-scored", "2", "--max-attempts", "1"]
+        main(["explain", "--store", str(indexed), "--latents", "6400", "--out", str(out), *ask, "--json"])
+        found = read_json(capsys)
+        n_requests = len(server.requests)
+        main(["explain", "--store", str(indexed), "--latents", "6400", "--out", str(out), *ask])
+        assert "6400" in capsys.readouterr().out
+        assert len(server.requests) == n_requests  # it was in the file
+    assert (found["explanations"][0]["latent"], found["explanations"][0]["text"]) == (6400, "reckless advice")
+    assert found["n_requests"] == n_requests > 0
+    assert "secret-key" not in out.read_text()
+    main(["search", "--explanation", "reckless", "--log", str(out), "--json"])
+    hits = read_json(capsys)["hits"]
+    assert [hit["latent"] for hit in hits] == [6400]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("certify --diff x --out OUT", "--adapter: expected either --adapter or --tuned"),
+        ("certify --diff x --out OUT --adapter a --n-top 0", "--n-top: expected 1 or more"),
+        ("certify --diff x --out OUT --adapter a --endpoint http://h/v1", "--endpoint: expected both"),
+        ("explain --store x --latents 1 --out OUT", "--endpoint: expected an endpoint or a local model"),
+        ("search", "--text: expected one of --text, --token and --explanation, received none"),
+        ("search --text a --token b --store s", "--text: expected one of"),
+        ("search --token b", "--store: expected what --token searches"),
+        ("search --explanation b", "--log: expected what --explanation searches"),
+        ("search --text a --n 0", "--n: expected 1 or more"),
+    ],
+)
+def test_bad_options_are_told_before_any_work(args: str, message: str, fails_early: Callable[..., str]) -> None:
+    assert message in fails_early(*args.split())
