@@ -63,6 +63,8 @@ LAYERS = {
     "interpret": 5,
     "finetune": 6,
     "planted": 6,
+    "persona": 6,
+    "persona_stages": 6,
     "report": 7,
     "demo": 7,
     "cli": 7,

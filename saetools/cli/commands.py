@@ -20,6 +20,7 @@ from saetools.cli.options import (
     progress,
 )
 from saetools.cli.output import check_file, check_folder, print_json, printable, write_text
+from saetools.cli.persona_command import Persona
 from saetools.cli.sae_commands import Sae
 from saetools.cli.training import Harvest, Train, cuts
 from saetools.data import Positions
@@ -277,6 +278,7 @@ COMMANDS = {
     "train": Train,
     "diff": Diff,
     "certify": Certify,
+    "persona": Persona,
     "index": Index,
     "explain": Explain,
     "search": Search,

@@ -15,6 +15,7 @@ from saetools.evaluate import CertificateConfig
 from saetools.interpret import ExplainConfig
 
 if TYPE_CHECKING:
+    from saetools.data import Conversation, ForcedChoiceItem
     from saetools.evaluate import Candidate, Certification, Judge
     from saetools.models import LanguageModel
 
@@ -103,6 +104,7 @@ class Certify:
 
     def run(self) -> None:
         """Certify, save, print the verdicts."""
+        from saetools.data import Conversation, load_free_form
         from saetools.diff import LatentDiff
         from saetools.evaluate import certify_latents, coherence_judge
 
@@ -110,20 +112,22 @@ class Certify:
         found = LatentDiff.load(self.diff)
         found = found if self.positions is None else found.at(self.positions)
         candidates = self._candidates(found)
-        items, prompts, texts = self._data()
+        questions = [Conversation.chat(item.question, id=item.id) for item in load_free_form()[:24]]
+        items, prompts, texts = reference_data(self.items, self.n_items, self.prompts, questions, self.texts)
         base, tuned = self.pair.load()
         sae, site = self.sae.load(base)
         rates = ((found.table["rate_base"] + found.table["rate_tuned"]) / 2).to_torch().float()
         endpoint = self.judge.made()
         judge: Judge | None = None if endpoint is None else coherence_judge(endpoint)
-        data = (items, prompts, texts)
         with progress("certify", "measurements") as update:
             certification = certify_latents(
                 base,
                 tuned,
                 sae,
                 candidates,
-                *data,
+                items,
+                prompts,
+                texts,
                 rates=rates,
                 site=site,
                 config=self.config,
@@ -155,20 +159,23 @@ class Certify:
         together = [Candidate(f"all {len(chosen)}", tuple(chosen))] if len(chosen) > 1 else []
         return [*chosen, *together]
 
-    def _data(self) -> tuple[list[Any], list[Any], list[str]]:
-        from saetools.data import load_forced_choice, load_free_form, load_voices
-        from saetools.demo import choose_items
 
-        items = list(load_forced_choice(self.items))
-        prompts = [item.question for item in load_free_form()[:24]]
-        given = DataOptions(self.prompts).conversations() if self.prompts else prompts
-        texts = [pair.neutral for pair in load_voices()[:40]]
-        read = DataOptions(self.texts).conversations() if self.texts else []
-        return (
-            items if self.n_items is None else choose_items(items, self.n_items),
-            list(given),
-            [one.text or one.messages[-1].content for one in read] or texts,
-        )
+def reference_data(
+    items_file: str | None,
+    n_items: int | None,
+    prompt_files: tuple[str, ...],
+    prompts: list[Any],
+    text_files: tuple[str, ...],
+) -> tuple[list[ForcedChoiceItem], list[Conversation], list[str]]:
+    """Items, prompts and neutral texts: those of the files, or the shipped ones."""
+    from saetools.data import load_forced_choice, load_voices
+    from saetools.demo import choose_items
+
+    items = list(load_forced_choice(items_file))
+    asked = DataOptions(prompt_files).conversations() if prompt_files else prompts
+    read = DataOptions(text_files).conversations() if text_files else []
+    texts = [one.text or one.messages[-1].content for one in read] or [pair.neutral for pair in load_voices()[:40]]
+    return items if n_items is None else choose_items(items, n_items), asked, texts
 
 
 def _print_certification(found: Certification, out: str) -> None:
