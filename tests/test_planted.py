@@ -15,11 +15,13 @@ import saetools
 from saetools import steer
 from saetools.data import tokenize
 from saetools.errors import InputError, SaetoolsWarning
+from saetools.evaluate import CertificateConfig
 from saetools.models import read
 from saetools.planted import (
     PLANTED_SITE,
     PlantedConfig,
     RecoveryConfig,
+    VerdictConfig,
     __main__,
     draw_prompts,
     measure_recovery,
@@ -295,7 +297,7 @@ def test_recovery_counts_what_a_loop_counts():
         assert one.realised.mean == pytest.approx(sum(rates) / 12)
 
 
-def test_recovery_is_measured_and_saved_with_its_command(tmp_path, monkeypatch):
+def test_recovery_is_measured():
     config = RecoveryConfig(n_models=2, n_draws=2, n_prompts=32, n_truth=512)
     done = []
     found = measure_recovery(config, on_progress=lambda *args: done.append(args))
@@ -305,13 +307,26 @@ def test_recovery_is_measured_and_saved_with_its_command(tmp_path, monkeypatch):
     assert strong.recall[8].mean > weakest.recall[8].mean
     assert strong.change > 0.5 > 0.15 > weakest.change
     assert all(one.share.mean <= 0.2 for one in found.rejections if one.level <= 0.05)
-    monkeypatch.setattr(sys, "argv", ["saetools.planted", "--out", "recovery.json"])
-    __main__.main(tmp_path / "recovery.json", config)
-    saved = json.loads((tmp_path / "recovery.json").read_text())
-    assert saved["command"] == "python -m saetools.planted --out recovery.json"
-    assert saved["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
-    assert saved["detections"][0]["recall"]["16"]["mean"] == found.detections[0].recall[16].mean
-    assert [one["share"]["mean"] for one in saved["rejections"]] == [one.share.mean for one in found.rejections]
+
+
+def test_verdicts_are_counted_and_all_is_saved_with_its_command(tmp_path, monkeypatch):
+    model = PlantedConfig(strengths=(0.8,), n_each=1)
+    recovery = RecoveryConfig(model=model, n_models=2, n_draws=2, n_prompts=32, n_truth=512)
+    certificate = CertificateConfig(strengths=(0.15, 0.3), n_refine=0, max_new_tokens=6, n_samples=2, batch_rows=512)
+    verdicts = VerdictConfig(model=model, n_models=2, n_nulls=2, n_prompts=8, certificate=certificate)
+    monkeypatch.setattr(sys, "argv", ["saetools.planted", "--out", "planted.json"])
+    __main__.Measure(tmp_path / "made" / "planted.json", recovery, verdicts).run()
+    text = (tmp_path / "made" / "planted.json").read_text()
+    saved = json.loads(text, parse_constant=pytest.fail)
+    assert saved["command"] == "python -m saetools.planted --out planted.json"
+    assert saved["recovery"]["config"] == json.loads(json.dumps(dataclasses.asdict(recovery)))
+    assert saved["recovery"]["detections"][0]["recall"]["16"]["mean"] == 1.0
+    by_kind = {one["kind"]: one for one in saved["verdicts"]["by_kind"]}
+    assert {kind: one["n_latents"] for kind, one in by_kind.items()} == {"persona": 2, "correlate": 2, "null": 4}
+    assert by_kind["persona"]["shares"]["both"]["mean"] == 1.0
+    assert by_kind["correlate"]["shares"]["neither"]["mean"] == 1.0
+    for one in by_kind.values():
+        assert sum(share["mean"] for share in one["shares"].values()) == pytest.approx(1)
 
 
 def test_too_little_to_measure_recovery_is_an_error():
@@ -321,3 +336,5 @@ def test_too_little_to_measure_recovery_is_an_error():
     ):
         with pytest.raises(InputError, match=message):
             RecoveryConfig(**settings)
+    with pytest.raises(InputError, match="n_nulls: expected 2 or more, received 0"):
+        VerdictConfig(n_nulls=0)

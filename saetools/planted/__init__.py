@@ -12,6 +12,7 @@ from saetools.planted.recovery import (
     measure_recovery,
     true_changes,
 )
+from saetools.planted.verdicts import VerdictConfig, Verdicts, measure_verdicts
 from saetools.planted.weights import PLANTED_SITE
 
 __all__ = [
@@ -25,8 +26,11 @@ __all__ = [
     "Recovery",
     "RecoveryConfig",
     "Rejections",
+    "VerdictConfig",
+    "Verdicts",
     "draw_prompts",
     "measure_recovery",
+    "measure_verdicts",
     "plant_model",
     "true_changes",
 ]

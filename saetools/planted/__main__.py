@@ -1,31 +1,54 @@
-"""`python -m saetools.planted --out FILE` measures recovery and writes it as JSON; `--help` lists the settings."""
+"""`python -m saetools.planted --out FILE` measures diffs and certificates on planted models; see `--help`."""
 
+import dataclasses
 import shlex
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from saetools.planted.recovery import RecoveryConfig, measure_recovery
+from saetools.planted.verdicts import VerdictConfig, measure_verdicts
+from saetools.provenance import versions, write_json
 
-_DEFAULT = RecoveryConfig()
 
+@dataclass(frozen=True)
+class Measure:
+    """Plant models, diff and certify them, and write how well both recover what was planted."""
 
-def main(out: Path, config: RecoveryConfig = _DEFAULT) -> None:
-    """Plant models, diff them and write how well the diffs recover what was planted.
+    out: Path
+    """The JSON file."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """Settings of the diffs."""
+    verdicts: VerdictConfig = field(default_factory=VerdictConfig)
+    """Settings of the certificates."""
 
-    Args:
-        out: the JSON file.
-        config: settings.
-    """
-    from rich.progress import Progress
+    def run(self) -> None:
+        """Measure and write."""
+        from rich.progress import Progress
 
-    command = shlex.join(["python", "-m", "saetools.planted", *sys.argv[1:]])
-    with Progress() as bar:
-        task = bar.add_task("diffs")
-        found = measure_recovery(config, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
-    found.save(out, command=command)
+        command = shlex.join(["python", "-m", "saetools.planted", *sys.argv[1:]])
+        with Progress() as bar:
+            diffs, models = bar.add_task("diffs"), bar.add_task("certificates")
+            recovery = measure_recovery(
+                self.recovery, on_progress=lambda done, total: bar.update(diffs, completed=done, total=total)
+            )
+            verdicts = measure_verdicts(
+                self.verdicts, on_progress=lambda done, total: bar.update(models, completed=done, total=total)
+            )
+        result = {
+            "command": command,
+            "recovery": dataclasses.asdict(recovery),
+            "verdicts": {
+                "settings": dataclasses.asdict(self.verdicts),
+                "by_kind": [dataclasses.asdict(one) for one in verdicts],
+            },
+            "versions": versions(),
+        }
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.out, result)
 
 
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    tyro.cli(Measure).run()

@@ -13,8 +13,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,7 +27,6 @@ from saetools.errors import InputError, SaetoolsWarning
 from saetools.planted.language import draw_prompts
 from saetools.planted.model import PlantedConfig, PlantedModel, plant_model
 from saetools.planted.weights import PLANTED_SITE
-from saetools.provenance import versions, write_json
 from saetools.stats import Estimate, estimate_mean, estimate_ratios
 
 P_LEVELS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
@@ -148,7 +145,6 @@ class Recovery:
         false_discoveries: by level.
         warned: share of diffs that warned that the SAE does not see the change well.
         config: settings.
-        versions: of what computed it.
     """
 
     detections: tuple[Detection, ...]
@@ -157,13 +153,6 @@ class Recovery:
     false_discoveries: tuple[FalseDiscoveries, ...]
     warned: float
     config: RecoveryConfig
-    versions: Mapping[str, str]
-
-    def save(self, path: str | Path, *, command: str) -> Path:
-        """Write everything as JSON, with the command that made it."""
-        path = Path(path)
-        write_json(path, {"command": command, **_plain(dataclasses.asdict(self))})
-        return path
 
 
 def measure_recovery(
@@ -281,7 +270,6 @@ def summarise_recovery(
         ),
         warned=warned,
         config=config,
-        versions=versions(),
     )
 
 
@@ -294,12 +282,3 @@ def _share(hits: Bool[Tensor, "model draw latent"], among: Bool[Tensor, "model d
 
 def _mean(values: Float[Tensor, "model draw"]) -> Estimate:
     return estimate_mean(values.double().mean(1))
-
-
-def _plain(value: Any) -> Any:
-    """For JSON, which has no NaN."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
