@@ -34,14 +34,14 @@ from saetools.models.site import Site
 from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
-from saetools.saved_table import load_table, save_table
+from saetools.saved_result import load_result, save_result
 from saetools.stats import bootstrap_weights
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     import polars as pl
 
-_NAME = "attribution"
+_NAME, _TABLE = "attribution", "latents"
 _BLOCK = 64  # conversations whose scores exist at the same time, [block, d_sae]
 _CHUNK_ELEMENTS = 1 << 22  # of tokens x latents
 _QUANTILE_LATENTS = 1024
@@ -98,7 +98,7 @@ class Attribution:
 
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet` and `attribution.json` (provenance) into a folder."""
-        return save_table(path, _NAME, self.table, self.provenance)
+        return save_result(path, _NAME, {_TABLE: self.table}, {"provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
@@ -108,7 +108,8 @@ class Attribution:
             InputError: if the folder holds no attribution.
             IntegrityError: if a file is damaged, or the table is not the one that was saved.
         """
-        return cls(*load_table(path, _NAME))
+        (table,), facts, _ = load_result(path, _NAME, [_TABLE])
+        return cls(table, facts["provenance"])
 
 
 def attribute_latents(

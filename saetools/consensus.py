@@ -19,8 +19,8 @@ from torch import Tensor
 
 from saetools.changes import FDR, ranks
 from saetools.data.roles import Positions
-from saetools.diff import LatentDiff
 from saetools.errors import InputError
+from saetools.latent_diff import LatentDiff
 from saetools.provenance import versions
 from saetools.saved_result import load_result, save_result
 from saetools.stats import bootstrap_weights
@@ -90,7 +90,7 @@ class Consensus:
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet`, `held_out.parquet`, `replication.parquet` and `consensus.json` into a folder."""
         tables = dict(zip(_TABLES, (self.table, self.held_out, self.replication), strict=True))
-        return save_result(path, _NAME, tables, self.provenance)
+        return save_result(path, _NAME, tables, {"provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> Consensus:
@@ -100,8 +100,8 @@ class Consensus:
             InputError: if the folder holds no consensus.
             IntegrityError: if a file is damaged, or is not the one that was saved.
         """
-        (table, held_out, replication), provenance, _ = load_result(path, _NAME, _TABLES)
-        return cls(table, held_out, replication, provenance)
+        (table, held_out, replication), facts, _ = load_result(path, _NAME, _TABLES)
+        return cls(table, held_out, replication, facts["provenance"])
 
 
 def find_consensus(

@@ -10,230 +10,36 @@ stands in `LatentDiff.adequacy`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saetools.activations.stream import stream_activations
-from saetools.adequacy import Adequacy, AdequacySums
-from saetools.changes import FDR, change_figures, ranks
+from saetools.adequacy import AdequacySums
+from saetools.changes import change_figures, ranks
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
 from saetools.data.template import render
 from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize, tokens_sha256
-from saetools.errors import InputError, IntegrityError, SaetoolsWarning
+from saetools.errors import InputError, SaetoolsWarning
+from saetools.latent_diff import LatentDiff
 from saetools.latents.paired import pair_readings
 from saetools.latents.reading import QUANTILES, LatentReader, RoleReading
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair
 from saetools.models.site import Site
-from saetools.provenance import sha256_of_file, versions, write_json
+from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
     import polars as pl
 
-_TABLE, _CONVERSATIONS, _REST = "latents.parquet", "conversations.parquet", "rest.safetensors"
-_FACTS = "diff.json"
-
-
-@dataclass(frozen=True)
-class LatentDiff:
-    """Base against tuned, latent by latent, at the positions of one or several roles.
-
-    Args:
-        table: one row per role and latent, by `positions` and `latent`: `mean_base`, `mean_tuned` (activation, averaged
-            over the tokens of a conversation and then over conversations), `rate_base`, `rate_tuned` (share of tokens
-            on which it is active, averaged alike), `max_base`, `max_tuned` and the quantiles `p50_base` to `p99_tuned`
-            (of its sizes over the tokens where it is active); `delta` = mean_tuned - mean_base with its 95 % interval
-            `low`, `high` (bootstrap-t over conversations) and standard error `se`, `effect` = delta / sd over
-            conversations (0 if the sd is), `rate_delta`, `n_active` = conversations in which it is active in either
-            model, `p_value` (sign flips, two-sided) and `q_value` (the false discovery rate at which it counts as
-            changed), both null for latents with too few of them, `rank` (1 = largest increase), `n_conversations`.
-        conversations: one row for each role, conversation and latent that is active there in either model:
-            `positions`, `conversation` (index), `latent`, `base`, `tuned` (mean activation over its tokens).
-        adequacy: whether the SAE sees the change, by role.
-        provenance: models, SAE, data, positions, settings, seed, versions.
-    """
-
-    table: pl.DataFrame
-    conversations: pl.DataFrame
-    adequacy: Mapping[Positions, Adequacy]
-    provenance: dict[str, Any]
-
-    @property
-    def positions(self) -> tuple[Positions, ...]:
-        """The roles that were read."""
-        return tuple(self.adequacy)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Why not to trust it, with the role that each concerns; empty if nothing speaks against it."""
-        return tuple(f"{role}: {text}" for role, one in self.adequacy.items() for text in one.warnings)
-
-    def at(self, positions: Positions) -> LatentDiff:
-        """The same for one role.
-
-        Raises:
-            InputError: for a role that was not read.
-        """
-        import polars as pl
-
-        if positions not in self.adequacy:
-            raise InputError(
-                "positions",
-                expected="one of " + ", ".join(self.positions),
-                received=repr(positions),
-                remedy="pick one that was read, or diff again",
-            )
-        here = pl.col("positions") == positions
-        return LatentDiff(
-            self.table.filter(here),
-            self.conversations.filter(here),
-            {positions: self.adequacy[positions]},
-            self.provenance,
-        )
-
-    def top(self, n: int, *, decreases: bool = False) -> pl.DataFrame:
-        """The n largest increases, or decreases, of mean activation at one role; largest first.
-
-        Raises:
-            InputError: if n is not positive, or several roles were read.
-        """
-        if n < 1:
-            raise InputError("n", expected="1 or more", received=n, remedy="ask for at least one latent")
-        self.check_single_role()
-        return self.table.sort("delta", descending=not decreases, maintain_order=True).head(n)
-
-    def figure(self, *, n_labels: int = 10) -> go.Figure:
-        """Change against effect size at one role, one dot per latent that fires at all, the largest named.
-
-        Raises:
-            InputError: if several roles were read.
-        """
-        import plotly.graph_objects as go
-        import polars as pl
-
-        self.check_single_role()
-        table = self.table.filter((pl.col("rate_base") > 0) | (pl.col("rate_tuned") > 0))
-        named = set(self.top(n_labels)["latent"]) | set(self.top(n_labels // 2, decreases=True)["latent"])
-        hover = [
-            f"latent {row['latent']}<br>delta {row['delta']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-            f"<br>active on {row['rate_base']:.1%} -> {row['rate_tuned']:.1%} of tokens"
-            for row in table.iter_rows(named=True)
-        ]
-        figure = go.Figure(
-            go.Scattergl(
-                x=table["delta"],
-                y=table["effect"],
-                mode="markers+text",
-                text=[str(latent) if latent in named else "" for latent in table["latent"]],
-                textposition="top center",
-                hovertext=hover,
-                hoverinfo="text",
-                marker={"size": 6, "opacity": 0.6},
-            )
-        )
-        figure.update_layout(
-            xaxis_title="change of mean activation, tuned - base",
-            yaxis_title="effect size (change / sd over conversations)",
-            template="plotly_white",
-            margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        )
-        return figure
-
-    def save(self, path: str | Path) -> Path:
-        """Write `latents.parquet`, `conversations.parquet`, `rest.safetensors` (what the SAE does not see) and
-        `diff.json` (all else) into a folder, the JSON last.
-        """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / _FACTS).unlink(missing_ok=True)
-        for name, frame in ((_TABLE, self.table), (_CONVERSATIONS, self.conversations)):
-            temporary = path / f".{name}.tmp"
-            frame.write_parquet(temporary)
-            temporary.replace(path / name)
-        save_file({role: one.rest_directions for role, one in self.adequacy.items()}, path / _REST)
-        hashes = {name: sha256_of_file(path / name) for name in (_TABLE, _CONVERSATIONS, _REST)}
-        facts = {
-            "provenance": self.provenance,
-            "warnings": self.warnings,
-            "adequacy": {role: one.to_json() for role, one in self.adequacy.items()},
-            "sha256": hashes,
-        }
-        write_json(path / _FACTS, facts)
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> LatentDiff:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: if the folder holds no diff.
-            IntegrityError: if a file is damaged, or a table is not the one that was saved.
-        """
-        import polars as pl
-        from safetensors.torch import load_file
-
-        path = Path(path)
-        if not all((path / name).is_file() for name in (_TABLE, _CONVERSATIONS, _REST, _FACTS)):
-            raise InputError(
-                "path",
-                expected=f"a folder with {_TABLE}, {_CONVERSATIONS}, {_REST} and {_FACTS}",
-                received=str(path),
-                remedy="save a diff there",
-            )
-        try:
-            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
-            hashes, provenance = facts["sha256"], facts["provenance"]
-            changed = [name for name, expected in hashes.items() if sha256_of_file(path / name) != expected]
-            adequacy = {} if changed else _adequacy(facts["adequacy"], load_file(path / _REST))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"{path / _FACTS} is damaged ({error!r}); make the diff again") from error
-        if changed:
-            raise IntegrityError(f"{path / changed[0]} has changed since it was saved; make the diff again")
-        return cls(pl.read_parquet(path / _TABLE), pl.read_parquet(path / _CONVERSATIONS), adequacy, provenance)
-
-    def summary(self, n: int) -> dict[str, Any]:
-        """The n largest increases of each role, with adequacy, warnings and provenance, as plain values."""
-        return {
-            "warnings": list(self.warnings),
-            "positions": {
-                role: {
-                    "adequacy": one.to_json(),
-                    "n_tested": int(self.at(role).table["q_value"].is_not_null().sum()),
-                    "n_changed": int((self.at(role).table["q_value"] <= FDR).sum()),
-                    "top": self.at(role).top(n).drop("positions").to_dicts(),
-                }
-                for role, one in self.adequacy.items()
-            },
-            "provenance": self.provenance,
-        }
-
-    def check_single_role(self) -> None:
-        """Refuse several roles.
-
-        Raises:
-            InputError: if several were read.
-        """
-        if len(self.adequacy) != 1:
-            raise InputError(
-                "positions", expected="one role", received=", ".join(self.positions), remedy="pick one with .at(...)"
-            )
-
-
-def _adequacy(figures: dict[str, Any], rest: Mapping[str, Tensor]) -> dict[Positions, Adequacy]:
-    return {role: Adequacy.from_json(one, rest[role]) for role, one in figures.items()}  # type: ignore[misc]
+__all__ = ["DiffConfig", "LatentDiff", "check_diff", "compare_readings", "diff_latents", "tokenize_for"]
 
 
 @dataclass(frozen=True)

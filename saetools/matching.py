@@ -23,20 +23,20 @@ from saetools.changes import FDR
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
 from saetools.data.tokenizing import tokenize, tokens_sha256
-from saetools.diff import LatentDiff
 from saetools.errors import InputError
+from saetools.latent_diff import LatentDiff
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
 from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
 from saetools.saved_result import load_result, save_result
-from saetools.saved_table import load_table, save_table
 
 if TYPE_CHECKING:
     import polars as pl
 
 By = Literal["cosine", "correlation"]
+_TABLE = "latents"
 _ELEMENTS = 1 << 20  # of similarities, and of products of activations, that exist at the same time
 
 
@@ -224,7 +224,7 @@ class LatentMatches:
 
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet` and `matches.json` (provenance) into a folder."""
-        return save_table(path, "matches", self.table, self.provenance)
+        return save_result(path, "matches", {_TABLE: self.table}, {"provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> LatentMatches:
@@ -234,7 +234,8 @@ class LatentMatches:
             InputError: if the folder holds no matches.
             IntegrityError: if a file is damaged, or the table is not the one that was saved.
         """
-        return cls(*load_table(path, "matches"))
+        (table,), facts, _ = load_result(path, "matches", [_TABLE])
+        return cls(table, facts["provenance"])
 
 
 def match_latents(a: SAE, b: SAE, *, coactivation: Coactivation | None = None, min_active: int = 10) -> LatentMatches:
@@ -325,7 +326,7 @@ class AcrossSAEs:
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet` and `across_saes.json` (all else) into a folder."""
         shares = {"n_rising": self.n_rising, "share": self.share, "share_of_all": self.share_of_all}
-        return save_result(path, "across_saes", {"latents": self.table}, {**shares, "provenance": self.provenance})
+        return save_result(path, "across_saes", {_TABLE: self.table}, {**shares, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> AcrossSAEs:
@@ -335,7 +336,7 @@ class AcrossSAEs:
             InputError: if the folder holds no such result.
             IntegrityError: if a file is damaged, or the table is not the one that was saved.
         """
-        (table,), facts, _ = load_result(path, "across_saes", ["latents"])
+        (table,), facts, _ = load_result(path, "across_saes", [_TABLE])
         share, share_of_all = (math.nan if facts[key] is None else facts[key] for key in ("share", "share_of_all"))
         return cls(table, facts["n_rising"], share, share_of_all, facts["provenance"])
 

@@ -18,20 +18,20 @@ from torch import Tensor
 
 from saetools.attribution import Attribution
 from saetools.changes import ranks
-from saetools.diff import LatentDiff
 from saetools.directions import Direction, decoder_cosines
 from saetools.errors import InputError
+from saetools.latent_diff import LatentDiff
 from saetools.models.site import Site
 from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256
 from saetools.sae.model import SAE
-from saetools.saved_table import load_table, save_table
+from saetools.saved_result import load_result, save_result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     import polars as pl
 
-_NAME = "rankings"
+_NAME, _TABLE = "rankings", "latents"
 _OF_DIFF = ("delta", "rate_delta", "effect")
 
 
@@ -143,7 +143,7 @@ class Rankings:
 
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet` and `rankings.json` (provenance) into a folder."""
-        return save_table(path, _NAME, self.table, self.provenance)
+        return save_result(path, _NAME, {_TABLE: self.table}, {"provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> Rankings:
@@ -153,7 +153,8 @@ class Rankings:
             InputError: if the folder holds no rankings.
             IntegrityError: if a file is damaged, or the table is not the one that was saved.
         """
-        return cls(*load_table(path, _NAME))
+        (table,), facts, _ = load_result(path, _NAME, [_TABLE])
+        return cls(table, facts["provenance"])
 
 
 def compare_rankings(

@@ -144,8 +144,9 @@ class Trajectory:
             InputError: if the folder holds no trajectory.
             IntegrityError: if a file is damaged, or is not the one that was saved.
         """
-        (table, curves), facts, (means, latents, changes) = load_result(path, _NAME, _TABLES, tensors=_TENSORS)
+        (table, curves), facts, tensors = load_result(path, _NAME, _TABLES, has_tensors=True)
         points = tuple(facts["points"])
+        means, latents, changes = (tensors[name] for name in _TENSORS)
         return cls(facts["over"], points, table, curves, means, latents, changes, facts["provenance"])
 
 

@@ -27,14 +27,14 @@ from saetools.provenance import versions
 from saetools.sae.crosscoder import Crosscoder
 from saetools.sae.identity import sae_sha256
 from saetools.sae.latent_scaling import scale_latents
-from saetools.saved_table import load_table, save_table
+from saetools.saved_result import load_result, save_result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     import polars as pl
 
 VERDICTS = ("tuned_only", "artefact", "shared", "base_only", "rare")
-_NAME = "tuned_only"
+_NAME, _TABLE = "tuned_only", "latents"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class TunedOnly:
 
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet` and `tuned_only.json` (provenance) into a folder."""
-        return save_table(path, _NAME, self.table, self.provenance)
+        return save_result(path, _NAME, {_TABLE: self.table}, {"provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> TunedOnly:
@@ -109,7 +109,8 @@ class TunedOnly:
             InputError: if the folder holds no such table.
             IntegrityError: if a file is damaged, or the table is not the one that was saved.
         """
-        return cls(*load_table(path, _NAME))
+        (table,), facts, _ = load_result(path, _NAME, [_TABLE])
+        return cls(table, facts["provenance"])
 
 
 def find_tuned_only(

@@ -15,7 +15,7 @@ from saetools.models import Site, read
 from saetools.sae.identity import sae_site
 from saetools.significance import false_discovery_rates, sign_flip_p_values
 
-FILES = ["conversations.parquet", "diff.json", "latents.parquet", "rest.safetensors"]
+FILES = ["conversations.parquet", "diff.json", "latents.parquet", "tensors.safetensors"]
 SETTINGS = {field.name for field in dataclasses.fields(DiffConfig)}
 EXPECTED = "ignore:.*the (SAE is blind|SAE does not fit|two models are equal):saetools.errors.SaetoolsWarning"
 pytestmark = pytest.mark.filterwarnings(EXPECTED)

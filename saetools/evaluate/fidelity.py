@@ -31,15 +31,16 @@ from saetools.models.forward import read
 from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
-from saetools.provenance import sha256_of_texts, versions, write_json
+from saetools.provenance import sha256_of_texts, versions
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
+from saetools.saved_result import save_result
 from saetools.stats import Estimate
 
 if TYPE_CHECKING:
     import polars as pl
 
-_TABLE, _FACTS = "fidelity.parquet", "fidelity.json"
+_NAME = "fidelity"
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,6 @@ class Fidelity:
 
     def save(self, path: str | Path) -> Path:
         """Write `fidelity.parquet` (the table) and `fidelity.json` (with histograms and provenance) into a folder."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f".{_TABLE}.tmp"
-        self.table().write_parquet(temporary)
-        temporary.replace(path / _TABLE)
         facts = {
             "roles": {role: {**_row(one), "histogram": one.histogram} for role, one in self.by_role.items()},
             "frequency_edges": FREQUENCY_EDGES,
@@ -84,8 +80,7 @@ class Fidelity:
             "n_truncated": self.n_truncated,
             "provenance": self.provenance,
         }
-        write_json(path / _FACTS, facts)
-        return path
+        return save_result(path, _NAME, {_NAME: self.table()}, facts)
 
 
 def _row(figures: RoleFidelity) -> dict[str, float | int | None]:

@@ -109,7 +109,7 @@ def test_finetune_then_diff(folder: Path, trained: tuple[Path, str], capsys: pyt
     assert {path.name for path in out.iterdir()} == {
         "latents.parquet",
         "conversations.parquet",
-        "rest.safetensors",
+        "tensors.safetensors",
         "diff.json",
         "response.html",
     }
