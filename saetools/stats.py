@@ -16,11 +16,14 @@ from saetools.errors import InputError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a ratio of sums, with its 95 % bootstrap interval and standard error.
+    """A mean, a ratio of sums or a share, with its 95 % interval and standard error.
+
+    What makes it says by which method: the functions here take the percentile bootstrap, while scores of explanations
+    (`saetools.interpret`) have an interval under Jeffreys' prior.
 
     Args:
         mean: over the units.
-        low: lower end of the percentile bootstrap interval.
+        low: lower end of the interval.
         high: upper end.
         se: standard error, for a mean sd / sqrt(n).
         n: number of units.
