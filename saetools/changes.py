@@ -1,4 +1,4 @@
-"""Figures of mean changes over independent units: size, interval, error, p-value, false discovery rate."""
+"""Mean changes over independent units: size, interval and error; p-values and false discovery rates; shares."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from saetools.stats import Estimate, bootstrap_weights
 
 FDR = 0.05
 """The false discovery rate at which a latent counts as changed."""
+ROUNDING = 1e-4
+"""Changes of a latent up to this share of its largest mean activation count as none in tests.
+
+Sign flips find a change however small, and rounding is not always chance: it may push a latent the same way on all
+texts. Measured in float32 on SmolLM2-135M and its SAE, 40 conversations: an adapter against the same adapter merged
+into the weights differs by up to 2.3e-5, and 60 of 484 latents would count as changed at their prompts; one batch
+against another differs by up to 4e-6, and none would. In bfloat16 batches differ by up to half of it, as other latents
+are among the top k: only chance that falls either way, which sign flips see through, keeps these from counting.
+"""
 _CHUNK = 2048  # measures whose values are dense at the same time
 
 
@@ -20,8 +29,8 @@ def change_figures(
     values: Float[Tensor, " value"],
     measures: Int[Tensor, " value"],
     units: Int[Tensor, " value"],
-    tested: Bool[Tensor, " measure"],
     *,
+    n_measures: int,
     n_units: int,
     n_resamples: int,
     seed: int,
@@ -32,16 +41,16 @@ def change_figures(
         values: paired changes in units; zeros may be left out.
         measures: the measure of each, ascending.
         units: the unit of each.
-        tested: which measures get p-values; the others' are NaN, and do not count for the false discovery rate.
+        n_measures: measures in all.
         n_units: units in all.
         n_resamples: of the bootstrap.
         seed: of the bootstrap.
 
     Returns:
         `delta`, the mean; its 95 % bootstrap-t interval `low`, `high`; standard error `se`; `effect` = delta / sd over
-        units (0 if the sd is); `p_value` by sign flips; `q_value`.
+        units (0 if the sd is).
     """
-    n_measures, values = len(tested), values.double()
+    values = values.double()
 
     def mean(parts: Tensor) -> Tensor:
         return parts.new_zeros(n_measures).index_add_(0, measures, parts) / n_units
@@ -50,18 +59,43 @@ def change_figures(
     sd = ((mean(values.square()) - delta.square()).clamp_min(0) * (n_units / (n_units - 1))).sqrt()
     weights = bootstrap_weights(n_units, n_resamples, seed=seed)
     low, high = bootstrap_t_intervals(values, measures, units, n_measures, weights)
-    p_values = torch.where(tested, sign_flip_p_values(values, measures, n_measures), math.nan)
-    q_values = p_values.clone()
-    q_values[tested] = false_discovery_rates(p_values[tested])
-    return {
-        "delta": delta,
-        "low": low,
-        "high": high,
-        "se": sd / n_units**0.5,
-        "effect": torch.where(sd > 0, delta / sd, 0.0),
-        "p_value": p_values,
-        "q_value": q_values,
-    }
+    effect = torch.where(sd > 0, delta / sd, 0.0)
+    return {"delta": delta, "low": low, "high": high, "se": sd / n_units**0.5, "effect": effect}
+
+
+def change_p_values(
+    values: Float[Tensor, " value"], sizes: Float[Tensor, " value"], measures: Int[Tensor, " value"], n_measures: int
+) -> Float[Tensor, " measure"]:
+    """Two-sided p-values of mean changes by sign flips; changes as small as rounding (`ROUNDING`) count as none.
+
+    Args:
+        values: paired changes in units; zeros may be left out.
+        sizes: of each, the largest of the activations that it is the difference of.
+        measures: the measure of each.
+        n_measures: measures in all; one without values has p = 1.
+    """
+    largest = sizes.new_zeros(n_measures).scatter_reduce(0, measures, sizes, "amax")
+    changed = values.abs() > ROUNDING * largest[measures]
+    return sign_flip_p_values(values[changed], measures[changed], n_measures)
+
+
+def change_tests(
+    values: Float[Tensor, " value"],
+    sizes: Float[Tensor, " value"],
+    measures: Int[Tensor, " value"],
+    tested: Bool[Tensor, " measure"],
+) -> dict[str, Float[Tensor, " measure"]]:
+    """`p_value` of each measure as `change_p_values` gives it, and `q_value`, its false discovery rate.
+
+    Args:
+        values: paired changes in units; zeros may be left out.
+        sizes: of each, the largest of the activations that it is the difference of.
+        measures: the measure of each.
+        tested: which measures are; the others' values are NaN, and do not count for the false discovery rate.
+    """
+    p_values = torch.where(tested, change_p_values(values, sizes, measures, len(tested)), math.nan)
+    q_values = p_values.masked_scatter(tested, false_discovery_rates(p_values[tested]))
+    return {"p_value": p_values, "q_value": q_values}
 
 
 def projection_share(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saetools.activations.stream import stream_activations
 from saetools.adequacy import AdequacySums
-from saetools.changes import change_figures, ranks
+from saetools.changes import change_figures, change_tests, ranks
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
 from saetools.data.template import render
@@ -207,14 +207,9 @@ def _compare(
     rates = {side: mean(one.rate, one.latent) for side, one in sides.items()}
     n_active = torch.bincount(latent, minlength=d_sae)
     change = change_figures(
-        deltas,
-        latent,
-        pairs.unit,
-        n_active >= config.min_active,
-        n_units=n,
-        n_resamples=config.n_resamples,
-        seed=config.seed,
+        deltas, latent, pairs.unit, n_measures=d_sae, n_units=n, n_resamples=config.n_resamples, seed=config.seed
     )
+    tests = change_tests(deltas, pairs.sizes(), latent, n_active >= config.min_active)
     columns = {
         "latent": torch.arange(d_sae),
         **{f"mean_{side}": means[side] for side in sides},
@@ -225,11 +220,10 @@ def _compare(
             for number, q in enumerate(QUANTILES)
             for side, one in sides.items()
         },
-        **{name: change[name] for name in ("delta", "low", "high", "se", "effect")},
+        **change,
         "rate_delta": rates["tuned"] - rates["base"],
         "n_active": n_active,
-        "p_value": change["p_value"],
-        "q_value": change["q_value"],
+        **tests,
         "rank": ranks(change["delta"]),
         "n_conversations": torch.full((d_sae,), n),
     }

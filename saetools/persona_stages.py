@@ -292,6 +292,7 @@ class Stages:
             config=self._config.certificate,
             judge=judge,
             out=self._out / f"certification-{name}",
+            shared=self._out / "certification-base",
         )
 
     def listed(

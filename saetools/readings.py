@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saetools.changes import change_figures, projection_share, ranks
+from saetools.changes import change_figures, change_tests, projection_share, ranks
 from saetools.data.conversation import Conversation, Message
 from saetools.data.roles import Positions, select_positions
 from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize, tokens_sha256
@@ -357,21 +357,15 @@ def _compare(cells: Mapping[str, _Cell], n: int, d_sae: int, config: DiffConfig)
         "representation": representation,
         "content": total - representation,  # = (base_on_tuned - base_on_base + tuned_on_tuned - tuned_on_base) / 2
     }
-    active = torch.stack(list(f.values())).any(0)
-    n_active = torch.bincount(latent[active], minlength=d_sae)
+    sizes = torch.stack(list(f.values())).abs().amax(0)
+    n_active = torch.bincount(latent[sizes > 0], minlength=d_sae)
     columns: dict[str, Tensor] = {"latent": torch.arange(d_sae)}
     for name, values in f.items():
         columns[name] = torch.zeros(d_sae, dtype=torch.double).index_add_(0, latent, values) / n
     for part, values in parts.items():
         figures = change_figures(
-            values,
-            latent,
-            unit,
-            n_active >= config.min_active,
-            n_units=n,
-            n_resamples=config.n_resamples,
-            seed=config.seed,
-        )
+            values, latent, unit, n_measures=d_sae, n_units=n, n_resamples=config.n_resamples, seed=config.seed
+        ) | change_tests(values, sizes, latent, n_active >= config.min_active)
         columns[part] = figures["delta"]
         columns |= {f"{part}_{name}": figures[name] for name in ("low", "high", "se", "p_value", "q_value")}
     columns |= {"n_active": n_active, "rank": ranks(columns["total"])}

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saetools.changes import FDR, change_figures
+from saetools.changes import FDR, change_figures, change_p_values
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions
 from saetools.data.tokenizing import TokenizeReport, tokens_sha256
@@ -37,7 +37,7 @@ from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
 from saetools.saved_result import load_result, save_result
-from saetools.significance import false_discovery_rates, sign_flip_p_values
+from saetools.significance import false_discovery_rates
 from saetools.stats import bootstrap_weights
 
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ class Trajectory:
             IntegrityError: if a file is damaged, or is not the one that was saved.
         """
         (table, curves), facts, tensors = load_result(path, _NAME, _TABLES, has_tensors=True)
-        points = tuple(facts["points"])
-        means, latents, changes = (tensors[name] for name in _TENSORS)
-        return cls(facts["over"], points, table, curves, means, latents, changes, facts["provenance"])
+        return cls(facts["over"], tuple(facts["points"]), table, curves, **tensors, provenance=facts["provenance"])
 
 
 def trace_checkpoints(
@@ -306,7 +304,7 @@ class _Tracer:
             values = pairs.changes()
             total = torch.zeros(sae.d_sae, dtype=torch.double).index_add_(0, pairs.latent, values)
             means[place] = (total / n).float()
-            least = torch.minimum(least, sign_flip_p_values(values, pairs.latent, sae.d_sae))
+            least = torch.minimum(least, change_p_values(values, pairs.sizes(), pairs.latent, sae.d_sae))
             n_active = torch.maximum(n_active, torch.bincount(pairs.latent, minlength=sae.d_sae))
             if traced is None:
                 traced = means[place].abs().topk(min(self.n_latents, sae.d_sae)).indices
@@ -388,7 +386,7 @@ class _Tracer:
             flat.flatten(),
             measures.repeat_interleave(n),
             torch.arange(n).repeat(len(flat)),
-            torch.zeros(len(flat), dtype=torch.bool),
+            n_measures=len(flat),
             n_units=n,
             n_resamples=self.config.n_resamples,
             seed=self.config.seed,

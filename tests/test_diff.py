@@ -8,6 +8,7 @@ import torch
 from polars.testing import assert_frame_equal
 from tiny_sae import basis_sae, make_sae, with_random_adapter
 
+from saetools.changes import FDR
 from saetools.data import POSITIONS, Conversation, select_positions, tokenize
 from saetools.diff import DiffConfig, LatentDiff, diff_latents
 from saetools.errors import InputError, IntegrityError, SaetoolsWarning
@@ -79,6 +80,20 @@ def test_a_planted_direction_ranks_first_and_alone(organism):
     assert backwards.top(1, decreases=True)["latent"].item() == 20
     assert backwards.table["rank"][20] == 32
     assert backwards.table["delta"][20] == pytest.approx(-top["delta"])
+
+
+def test_rounding_is_no_change(organism):
+    """A large change of one latent leaks into all others, the same way on all texts, as far as float32 resolves."""
+    words = [chat.messages[0].content.split()[0] for chat in CHATS]
+    chats = [Conversation.chat(f"{first} {second}", "Yes.") for first in words for second in words]
+    found = diff_latents(organism.base, organism, basis_sae(), chats, positions="prompt")
+    tested = found.table.filter(pl.col("q_value").is_not_null())
+    assert len(tested) > 20
+    assert tested.filter(pl.col("q_value") <= FDR)["latent"].to_list() == [20]
+    change = found.conversations["tuned"] - found.conversations["base"]
+    latents = found.conversations["latent"].to_torch().long()
+    flips = sign_flip_p_values(change.to_torch(), latents, 32)[tested["latent"].to_torch()]
+    assert (false_discovery_rates(flips) <= FDR).sum() > 10
 
 
 def test_a_full_fine_tune_is_compared_as_a_model_of_its_own(make_tiny):

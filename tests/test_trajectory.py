@@ -119,14 +119,19 @@ def test_the_most_changed_latents_are_traced(make_tiny, run):
 
 def test_a_planted_onset_is_found_and_alone(make_tiny, planted):
     base, done = make_tiny("llama"), []
+    more = [Conversation.chat(f"{chat.messages[0].content} Now.", "Yes.") for chat in CHATS]
     found = trace_checkpoints(
-        base, planted, basis_sae(), CHATS, config=CONFIG, n_latents=4, on_progress=lambda *args: done.append(args)
+        base,
+        planted,
+        basis_sae(),
+        CHATS + more,
+        config=CONFIG,
+        n_latents=4,
+        on_progress=lambda *args: done.append(args),
     )
-    assert done[-1] == (70, 70)
+    assert done[-1] == (140, 140)
     assert [count for count, _ in done] == sorted(count for count, _ in done)
-    assert found.onsets()["onset"].is_sorted()
-    large = found.onsets().filter(pl.col("change").abs() > 1e-4)  # rows of the basis are not quite orthogonal
-    (onset,) = large.iter_rows(named=True)
+    (onset,) = found.onsets().iter_rows(named=True)
     assert (onset["latent"], onset["onset"], onset["onset_low"], onset["onset_high"]) == (20, 30, 30, 30)
     assert onset["shape"] == "ramp"
     assert onset["q_value"] < 0.05

@@ -77,7 +77,7 @@ class Certify:
     diff: str
     """Folder that `saetools diff` wrote: its largest increases are the candidates."""
     out: str
-    """Folder for cells.jsonl, from which a killed run goes on, and certification.json."""
+    """Folder for base.jsonl and tuned.jsonl, from which a killed run goes on, and certification.json."""
     pair: TunedOptions = field(default_factory=TunedOptions)
     sae: SAEOptions = field(default_factory=SAEOptions)
     positions: Positions | None = None

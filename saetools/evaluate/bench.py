@@ -37,7 +37,6 @@ from saetools.steer import Scope, add_direction, median_norm
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, ...] = ("base", "tuned")
-_CELLS = "cells.jsonl"
 
 
 class BudgetSpentError(Exception):
@@ -101,6 +100,7 @@ class Bench:
         config: CertificateConfig,
         judge: Judge | None,
         out: str | Path | None,
+        shared: str | Path | None,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
         self._models: dict[Side, LanguageModel] = {"base": base, "tuned": tuned}
@@ -124,8 +124,12 @@ class Bench:
             "versions": versions(),
         }
         budget = ("max_minutes", "max_tokens")
-        identity = {name: value for name, value in self.settings.items() if name not in budget} | self.provenance
-        self._cells = Cells(None if out is None else Path(out) / _CELLS, identity)
+        alone = {name: value for name, value in (self.settings | self.provenance).items() if name not in budget}
+        without = {name: value for name, value in alone.items() if name != "tuned"}  # of the base alone
+        self._cells: dict[Side, Cells] = {
+            "base": Cells(_file(shared or out, "base"), without),
+            "tuned": Cells(_file(out, "tuned"), alone),
+        }
         self._started, self._n_tokens = time.monotonic(), 0
         self._done, self._total, self._on_progress = 0, 0, on_progress
         self._curves: dict[Side, PerplexityCurve] = {}
@@ -139,13 +143,13 @@ class Bench:
     def gaps(self, side: Side, name: str, edit: Edit | None) -> Float[Tensor, " item"]:
         """Forced-choice gaps of a model under an edit."""
         name = f"{side}/gaps/{name}"
-        if name not in self._cells:
+        if name not in self._cells[side]:
             self._check_budget()
             edits = None if edit is None else {self._site: edit}
             score = score_forced_choice(self._models[side], self._items, edits=edits, replay=self._replays[side])
             self._n_tokens += score.n_tokens
-            self._cells.add({name: score.gaps.tolist()})
-        return torch.tensor(self._cells[name])
+            self._cells[side].add({name: score.gaps.tolist()})
+        return torch.tensor(self._cells[side][name])
 
     def effects(self, side: Side, candidates: Sequence[Candidate]) -> dict[str, Effect]:
         """What steering along each of some candidates does to one model."""
@@ -216,26 +220,26 @@ class Bench:
 
     def _perplexity(self, side: Side, name: str, edit: Edit | None) -> float:
         name = f"{side}/perplexity/{name}"
-        if name not in self._cells:
+        if name not in self._cells[side]:
             self._check_budget()
             edits = None if edit is None else {self._site: edit}
             found = measure_perplexity(self._models[side], self._texts, edits=edits, replay=self._replays[side])
             self._n_tokens += found.n_tokens
-            self._cells.add({name: found.value})
-        value: float = self._cells[name]
+            self._cells[side].add({name: found.value})
+        value: float = self._cells[side][name]
         return value
 
     def _scale_for(self, side: Side, name: str, perplexity: float, norm: float) -> float:
         """The length of random directions that costs as much perplexity."""
         name = f"{side}/scale/{name}"
-        if name not in self._cells:
+        if name not in self._cells[side]:
             self._check_budget()
             if side not in self._curves:
                 known = {0.0: self._perplexity(side, "unedited", None)}
                 setting = (self._models[side], self._site, self._random, Scope(), self._texts)
                 self._curves[side] = PerplexityCurve(*setting, known, self._replays[side])
-            self._cells.add({name: self._curves[side].scale_for(perplexity, start=norm)})
-        value: float = self._cells[name]
+            self._cells[side].add({name: self._curves[side].scale_for(perplexity, start=norm)})
+        value: float = self._cells[side][name]
         return value
 
     def _search(self, side: Side, candidates: Sequence[Candidate]) -> dict[str, dict[float, list[AnswerCoherence]]]:
@@ -261,11 +265,11 @@ class Bench:
     ) -> None:
         """Generate answers that are not there yet, in one batch, and look at their coherence."""
         keys = {f"{side}/answers/{one.name}/{strength}": (one, strength) for one in wanted for strength in wanted[one]}
-        edits = {name: {self._site: self._edit(side, *keys[name])} for name in keys if name not in self._cells}
+        edits = {name: {self._site: self._edit(side, *keys[name])} for name in keys if name not in self._cells[side]}
         if edits:
-            self._cells.add(self._coherence(side, edits))
+            self._cells[side].add(self._coherence(side, edits))
         for name, (one, strength) in keys.items():
-            found[one.name][strength] = [AnswerCoherence(*values) for values in self._cells[name]]
+            found[one.name][strength] = [AnswerCoherence(*values) for values in self._cells[side][name]]
 
     def _coherence(self, side: Side, variants: Mapping[str, Any]) -> dict[str, list[tuple[Any, ...]]]:
         self._check_budget()
@@ -293,9 +297,9 @@ class Bench:
     def _incoherent(self, side: Side, answers: Sequence[AnswerCoherence]) -> float:
         if side not in self._limits:
             name = f"{side}/answers/unedited"
-            if name not in self._cells:
-                self._cells.add({name: self._coherence(side, {name: None})[name]})
-            own = [AnswerCoherence(*values) for values in self._cells[name]]
+            if name not in self._cells[side]:
+                self._cells[side].add({name: self._coherence(side, {name: None})[name]})
+            own = [AnswerCoherence(*values) for values in self._cells[side][name]]
             surprise = torch.tensor([one.surprise for one in own if one.surprise is not None])
             repeated = torch.tensor([one.repetition for one in own])
             if not len(surprise):
@@ -325,6 +329,10 @@ class Bench:
         self._done += n
         if self._on_progress is not None:
             self._on_progress(self._done, self._total)
+
+
+def _file(folder: str | Path | None, side: Side) -> Path | None:
+    return None if folder is None else Path(folder) / f"{side}.jsonl"
 
 
 def _one_sided(values: Float[Tensor, " item"]) -> float:

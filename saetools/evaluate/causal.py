@@ -49,6 +49,7 @@ def certify_latents(
     config: CertificateConfig = CertificateConfig(),
     judge: Judge | None = None,
     out: str | Path | None = None,
+    shared: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Certification:
     """Find out which candidates cause the organism's behaviour, and how much of it.
@@ -73,8 +74,9 @@ def certify_latents(
         site: where the SAE reads; by default what its metadata says.
         config: settings.
         judge: scores coherence of answers, for instance through an endpoint.
-        out: folder for `cells.jsonl`, from which a run that was killed or ran out of budget goes on, and
-            `certification.json`, the result.
+        out: folder for `base.jsonl` and `tuned.jsonl`, from which a run that was killed or ran out of budget goes on,
+            and `certification.json`, the result.
+        shared: folder for `base.jsonl` instead: other organisms of the same base need not measure it again.
         on_progress: called with measurements done and in all, those that turn out unneeded included.
 
     Raises:
@@ -90,7 +92,7 @@ def certify_latents(
     """
     site = site or sae_site(sae)
     chosen = _checked(base, tuned, sae, candidates, items, prompts, rates, config)
-    bench = Bench(base, tuned, sae, site, items, prompts, texts, rates, config, judge, out, on_progress)
+    bench = Bench(base, tuned, sae, site, items, prompts, texts, rates, config, judge, out, shared, on_progress)
     bench.expect(len(chosen))
     measured: dict[str, dict[Side, Effect]] = {}
     try:

@@ -33,6 +33,10 @@ class PairedReadings:
         """Tuned - base, in float64."""
         return (self.tuned - self.base).double()
 
+    def sizes(self) -> Float[Tensor, " pair"]:
+        """The larger of the two means, without its sign."""
+        return torch.maximum(self.base.abs(), self.tuned.abs())
+
 
 def pair_readings(base: RoleReading, tuned: RoleReading) -> PairedReadings:
     """What two models did on the same conversations, side by side."""

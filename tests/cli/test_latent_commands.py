@@ -79,11 +79,11 @@ def test_certify_a_diff_and_go_on(
     main([*args, *small, "--positions", "prompt"])
     printed = capsys.readouterr().out
     assert "6400" in printed
-    cells = (folder / "certified" / "cells.jsonl").read_text()
+    cells = (folder / "certified" / "tuned.jsonl").read_text()
     main([*args, *small, "--positions", "prompt", "--json"])
     found = read_json(capsys)
     assert [one["candidate"]["latents"] for one in found["certificates"]] == [[6400]]
-    assert (folder / "certified" / "cells.jsonl").read_text() == cells
+    assert (folder / "certified" / "tuned.jsonl").read_text() == cells
     assert json.loads((folder / "certified" / "certification.json").read_text()) == found
     assert (folder / "certified" / "latent-6400.html").is_file()
     assert "out: expected a new folder" in fails(*args, *small, "--positions", "prompt", "--fdr", "0.2")

@@ -130,6 +130,16 @@ def test_a_killed_run_goes_on_to_the_same_result(found, tmp_path, kill_midway):
     assert certify(tmp_path).certificates == found[0].certificates
 
 
+def test_organisms_can_share_what_is_measured_of_the_base(found, tmp_path):
+    first = certify(tmp_path / "a", shared=tmp_path / "base")
+    assert first.certificates == found[0].certificates
+    base = (tmp_path / "base" / "base.jsonl").read_bytes()
+    assert not (tmp_path / "a" / "base.jsonl").exists()
+    (tmp_path / "a" / "tuned.jsonl").unlink()
+    assert certify(tmp_path / "b", shared=tmp_path / "base").certificates == found[0].certificates
+    assert (tmp_path / "base" / "base.jsonl").read_bytes() == base
+
+
 def test_half_a_line_is_measured_again(tmp_path):
     path = tmp_path / "cells.jsonl"
     cells = Cells(path, {"seed": 0})
