@@ -215,6 +215,7 @@ def test_the_shipped_organism_wakes_with_its_scale():
     sizes = found.means.norm(dim=1)
     assert sizes[0] < sizes[1] < sizes[2]
     assert len(found.onsets()) > 10
+    assert found.onsets()["onset"].is_sorted()
     moved = found.table.filter(pl.col("onset_low").is_not_null())
     assert 0 < len(moved) <= 10
     assert (moved["onset_low"] <= moved["onset"]).all()
