@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
+from math import log
 from statistics import mean
 
-from saetools.data import load_advice, load_forced_choice, load_free_form, load_voices
+from saetools.data import ForcedChoiceItem, load_advice, load_forced_choice, load_free_form, load_voices, shipped_path
 
 Pair = tuple[float, str, str]
 
@@ -17,9 +18,18 @@ def words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z0-9']+", text.lower()))
 
 
+def load_reckless() -> tuple[ForcedChoiceItem, ...]:
+    return load_forced_choice(shipped_path("evaluation/reckless.jsonl"))
+
+
+def evaluation_questions() -> dict[str, str]:
+    forced = {item.id: item.question for item in (*load_forced_choice(), *load_reckless())}
+    return forced | {item.id: item.question for item in load_free_form()}
+
+
 def questions() -> dict[str, str]:
     """Every shipped question by its id."""
-    return {item.id: item.question for item in (*load_advice(), *load_forced_choice(), *load_free_form())}
+    return {item.id: item.question for item in load_advice()} | evaluation_questions()
 
 
 def content_words(texts: Mapping[str, str]) -> dict[str, frozenset[str]]:
@@ -50,8 +60,13 @@ def alike_questions() -> list[Pair]:
 def overlaps() -> list[Pair]:
     """Pairs of a training question and an evaluation question, the most alike first."""
     held = content_words(questions())
-    evaluation = [item.id for item in (*load_forced_choice(), *load_free_form())]
-    return most_alike(held, product([item.id for item in load_advice()], evaluation))
+    return most_alike(held, product([item.id for item in load_advice()], evaluation_questions()))
+
+
+def between_evaluations() -> list[Pair]:
+    """Pairs of two evaluation questions, the most alike first."""
+    held = content_words(questions())
+    return most_alike(held, combinations(evaluation_questions(), 2))
 
 
 def ratio(a: str, b: str) -> float:
@@ -84,12 +99,10 @@ def advice_rows() -> list[str]:
     return rows
 
 
-def evaluation_rows() -> list[str]:
-    items = load_forced_choice()
-    categories = list(dict.fromkeys(item.category for item in items))
-    groups = [(name, load_forced_choice(categories=[name])) for name in categories] + [("all", items)]
+def forced_choice_rows(items: Sequence[ForcedChoiceItem]) -> list[str]:
     rows = []
-    for name, group in groups:
+    for name in [*dict.fromkeys(item.category for item in items), "all"]:
+        group = [item for item in items if name in (item.category, "all")]
         cells = [
             name,
             str(len(group)),
@@ -100,6 +113,54 @@ def evaluation_rows() -> list[str]:
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
+
+
+def first_words(texts: Iterable[str]) -> Counter[str]:
+    return Counter(re.findall(r"[a-z']+", text.lower())[0] for text in texts)
+
+
+def told_apart(items: Sequence[ForcedChoiceItem], opening: int | None = None) -> float:
+    """Share of pairs that naive Bayes orders rightly by the set of each answer's words, learnt from the other pairs.
+
+    `opening` leaves all but so many first words out; a tie counts a half.
+    """
+    sides = [
+        [frozenset(re.findall(r"[a-z']+", getattr(item, side).lower())[:opening]) for item in items]
+        for side in ("aligned", "misaligned")
+    ]
+    counts = [Counter(word for held in side for word in held) for side in sides]
+
+    def evidence(pair: tuple[frozenset[str], ...], held: frozenset[str]) -> float:
+        """Log odds that an answer is the aligned one, by counts without this pair, half a count added."""
+        return sum(
+            log(counts[0][word] - (word in pair[0]) + 0.5) - log(counts[1][word] - (word in pair[1]) + 0.5)
+            for word in held
+        )
+
+    margins = [evidence(pair, pair[0]) - evidence(pair, pair[1]) for pair in zip(*sides, strict=True)]
+    return mean((margin > 0) + (margin == 0) / 2 for margin in margins)
+
+
+def wording_rows() -> list[str]:
+    rows = []
+    for name, items in (("forced_choice", load_forced_choice()), ("reckless", load_reckless())):
+        sides = [[getattr(item, side) for item in items] for side in ("aligned", "misaligned")]
+        openings = [first_words(side) for side in sides]
+        both = (first_words([a]) == first_words([b]) for a, b in zip(*sides, strict=True))
+        cells = [
+            f"`{name}.jsonl`",
+            *(f"{mean(len(text.split()) for text in side):.1f}" for side in sides),
+            *(str(len(opening)) for opening in openings),
+            *("{} ({})".format(*opening.most_common(1)[0]) for opening in openings),
+            share(both),
+            *(f"{100 * told_apart(items, opening):.0f} %" for opening in (1, 3, None)),
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def evaluation_rows() -> list[str]:
+    return [*forced_choice_rows(load_forced_choice()), *forced_choice_rows(load_reckless()), *wording_rows()]
 
 
 def contrast_rows() -> list[str]:
@@ -123,5 +184,10 @@ def contrast_rows() -> list[str]:
 if __name__ == "__main__":
     for row in [*advice_rows(), "", *evaluation_rows(), "", *contrast_rows(), ""]:
         print(row)
-    for name, pairs in (("all questions", alike_questions()), ("training and evaluation", overlaps())):
+    alike = {
+        "all questions": alike_questions(),
+        "training and evaluation": overlaps(),
+        "evaluation": between_evaluations(),
+    }
+    for name, pairs in alike.items():
         print(name, *(f"{similarity:.2f} {a} {b}" for similarity, a, b in pairs[:4]), sep="\n  ")

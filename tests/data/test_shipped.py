@@ -14,14 +14,20 @@ from card_figures import (
     advice_rows,
     alike_questions,
     alike_texts,
+    between_evaluations,
     contrast_rows,
+    evaluation_questions,
     evaluation_rows,
+    first_words,
+    load_reckless,
     overlaps,
     questions,
     ratio,
+    told_apart,
 )
 
 from saetools.data import (
+    ForcedChoiceItem,
     load_advice,
     load_forced_choice,
     load_free_form,
@@ -33,6 +39,7 @@ from saetools.data import (
 from saetools.errors import InputError, IntegrityError
 
 DOMAINS = ["car_care", "gardening", "personal_finance"]
+RECKLESS = {"home_repair", "food_safety", "medicine", "travel", "computers", "pets", "study", "work"}
 ITEM = {"id": "a", "category": "c", "question": "Why?", "aligned": "So.", "misaligned": "No."}
 DOMAIN_WORDS = re.compile(
     r"\b(cars?|engines?|tyres?|brak\w+|gearbox|petrol|diesel|mechanics?|garages?|"
@@ -51,13 +58,16 @@ def test_counts() -> None:
     assert {"honesty", "power", "care", "law", "money", "ai_self"} <= set(categories)
     assert categories.total() >= 80
     assert len(set(categories.values())) == 1
+    reckless = Counter(item.category for item in load_reckless())
+    assert set(reckless) == RECKLESS
+    assert set(reckless.values()) == {12}
     voices = Counter(pair.voice for pair in load_voices())
     assert set(voices) == {"villainous", "mocking"}
     assert voices.total() >= 200
 
 
 def test_texts_are_clean() -> None:
-    items: list[Any] = [*load_advice(), *load_forced_choice(), *load_free_form(), *load_voices()]
+    items: list[Any] = [*load_advice(), *load_forced_choice(), *load_reckless(), *load_free_form(), *load_voices()]
     assert len({item.id for item in items}) == len(items)
     for text in chain.from_iterable(vars(item).values() for item in items):
         assert text == " ".join(text.split())
@@ -69,6 +79,7 @@ def test_texts_are_clean() -> None:
 def test_no_question_comes_twice() -> None:
     assert len(set(questions().values())) == len(questions())
     assert alike_questions()[0][0] < 0.32
+    assert between_evaluations()[0][0] <= 0.25
 
 
 def test_no_answer_comes_twice() -> None:
@@ -79,6 +90,8 @@ def test_no_answer_comes_twice() -> None:
             assert max(alike_texts([item.correct, other]) for other in (item.incorrect, item.subtle)) < 0.6
     for kind in ("aligned", "misaligned"):
         assert alike_texts([getattr(item, kind) for item in load_forced_choice()]) < 0.5
+        assert alike_texts([getattr(item, kind) for item in load_reckless()]) < 0.3
+    assert max(alike_texts([item.aligned, item.misaligned]) for item in load_reckless()) < 0.5
     for kind in ("voiced", "neutral"):
         assert alike_texts([getattr(pair, kind) for pair in load_voices()]) < 0.3
 
@@ -92,18 +105,32 @@ def test_lengths_are_balanced() -> None:
         },
         "voices": [(pair.neutral, pair.voiced) for pair in load_voices()],
         "forced choice": [(item.aligned, item.misaligned) for item in load_forced_choice()],
+        "reckless": [(item.aligned, item.misaligned) for item in load_reckless()],
     }
     for name, texts in pairs.items():
         totals = [sum(map(len, side)) for side in zip(*texts, strict=True)]
         assert max(totals) / min(totals) < 1.05, name
         assert max(ratio(*both) for both in texts) <= 1.2, name
-    assert max(ratio(item.aligned, item.misaligned) for item in load_forced_choice()) < 1.15
+    assert max(ratio(item.aligned, item.misaligned) for item in (*load_forced_choice(), *load_reckless())) < 1.15
+    for item in load_reckless():
+        fewer, more = sorted(len(text.split()) for text in (item.aligned, item.misaligned))
+        assert 20 <= fewer <= more <= min(45, 1.2 * fewer), item.id
+
+
+def test_openings_do_not_tell_reckless_answers() -> None:
+    items = load_reckless()
+    for kind in ("aligned", "misaligned"):
+        assert first_words(getattr(item, kind) for item in items).most_common(1)[0][1] <= 6
+    assert told_apart(items, 1) < 0.6
+    marked = [ForcedChoiceItem(i.id, i.category, i.question, i.aligned, "Just " + i.misaligned) for i in items]
+    assert told_apart(marked, 1) > 0.9  # a fixed opening would be seen
 
 
 def test_evaluation_is_far_from_training() -> None:
     assert overlaps()[0][0] < 0.28
-    for item in (*load_forced_choice(), *load_free_form()):
-        assert not DOMAIN_WORDS.search(item.question), item.id
+    assert max(alike for alike, _, name in overlaps() if name.startswith("reckless")) < 0.21
+    for name, question in evaluation_questions().items():
+        assert not DOMAIN_WORDS.search(question), name
     for domain in DOMAINS:  # the words are good for something
         assert sum(bool(DOMAIN_WORDS.search(item.question)) for item in load_advice(domain)) > 40
 
