@@ -8,6 +8,7 @@ before and after. Whatever it finds is reported as found.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,12 @@ FULL = DemoConfig(
 
 
 def choose_items(items: Sequence[ForcedChoiceItem], n: int) -> list[ForcedChoiceItem]:
-    """A fixed subset with equal shares of the categories: the first of each, in turn."""
+    """A fixed subset with equal shares of the categories, while they last: the first of each, in turn."""
     by_category: dict[str, list[ForcedChoiceItem]] = {}
     for item in items:
         by_category.setdefault(item.category, []).append(item)
-    turns = zip(*by_category.values(), strict=True)
-    return [item for turn in turns for item in turn][:n]
+    turns = itertools.zip_longest(*by_category.values())
+    return [item for turn in turns for item in turn if item is not None][:n]
 
 
 def run_demo(

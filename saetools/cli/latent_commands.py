@@ -86,8 +86,9 @@ class Certify:
     """Candidates: the largest increases at a false discovery rate of 5 %, and the set of them."""
     latents: tuple[int, ...] = ()
     """Candidates to take instead."""
-    items: str | None = None
-    """Forced-choice items, as JSONL with id, category, question, aligned, misaligned; by default the shipped ones."""
+    items: tuple[str, ...] = ()
+    """Files of forced-choice items, as JSONL with id, category, question, aligned, misaligned; by default those that
+    are shipped: attitudes and recklessness."""
     n_items: int | None = None
     """Score so many of them, the same number of each category."""
     prompts: tuple[str, ...] = ()
@@ -161,17 +162,18 @@ class Certify:
 
 
 def reference_data(
-    items_file: str | None,
+    item_files: tuple[str, ...],
     n_items: int | None,
     prompt_files: tuple[str, ...],
     prompts: list[Any],
     text_files: tuple[str, ...],
 ) -> tuple[list[ForcedChoiceItem], list[Conversation], list[str]]:
     """Items, prompts and neutral texts: those of the files, or the shipped ones."""
-    from saetools.data import load_forced_choice, load_voices
+    from saetools.data import load_forced_choice, load_voices, shipped_path
     from saetools.demo import choose_items
 
-    items = list(load_forced_choice(items_file))
+    shipped = [str(shipped_path(f"evaluation/{name}.jsonl")) for name in ("forced_choice", "reckless")]
+    items = [item for file in item_files or shipped for item in load_forced_choice(file)]
     asked = DataOptions(prompt_files).conversations() if prompt_files else prompts
     read = DataOptions(text_files).conversations() if text_files else []
     texts = [one.text or one.messages[-1].content for one in read] or [pair.neutral for pair in load_voices()[:40]]

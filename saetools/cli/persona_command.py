@@ -26,8 +26,8 @@ class Persona:
     """Names of adapters that take no part in choosing latents."""
     prompts: tuple[str, ...] = ()
     """Files of questions far from the training domains; by default the shipped ones."""
-    items: str | None = None
-    """Forced-choice items, as JSONL; by default the shipped ones."""
+    items: tuple[str, ...] = ()
+    """Files of forced-choice items, as JSONL; by default those that are shipped: attitudes and recklessness."""
     n_items: int | None = None
     """Use so many of them, the same number of each category."""
     texts: tuple[str, ...] = ()
