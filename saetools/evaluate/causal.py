@@ -83,12 +83,15 @@ def certify_latents(
         InputError: for candidates, data or settings that do not go together, or a folder of another run.
 
     Example:
-        >>> sae = load_sae("data/sae/smollm2-135m")
-        >>> config = CertificateConfig(strengths=(0.2,), n_refine=0, max_new_tokens=4)
-        >>> data = load_forced_choice()[:3], ["Hello?"], ["One two."]
-        >>> found = certify_latents(lm, lm, sae, [6400], *data, rates=torch.ones(8192), config=config)
-        >>> found.certificates[0].verdict
-        'neither'
+        >>> from saetools.planted import plant_model
+        >>> planted = plant_model()
+        >>> texts = [prompt.messages[0].content for prompt in planted.prompts]
+        >>> models, data = (planted.base, planted.tuned, planted.sae), (planted.items, planted.prompts, texts)
+        >>> config = CertificateConfig(strengths=(0.1,), n_refine=0, max_new_tokens=4)
+        >>> candidates = [planted.persona[0], planted.correlates[0]]
+        >>> found = certify_latents(*models, candidates, *data, rates=torch.ones(384), config=config)
+        >>> [one.verdict for one in found.certificates]
+        ['both', 'neither']
     """
     site = site or sae_site(sae)
     chosen = _checked(base, tuned, sae, candidates, items, prompts, rates, config)
