@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,8 +87,17 @@ def check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         raise IntegrityError(f"{file} is missing or damaged; index again into a new folder")
 
 
-def open_array(folder: Path, name: str, entry: Mapping[str, Any]) -> Shaped[np.ndarray, "*_"]:
+def open_array(
+    folder: Path, name: str, entry: Mapping[str, Any], *, scattered: bool = False
+) -> Shaped[np.ndarray, "*_"]:
     """A file as a read-only memory map.
+
+    Args:
+        folder: where.
+        name: of the file, without `.npy`.
+        entry: what the manifest says of it.
+        scattered: whether it will be read here and there, so that the system should read no more than what is asked
+            for; what it reads ahead otherwise may be a thousand times as much.
 
     Raises:
         IntegrityError: if it is not what its entry says.
@@ -98,6 +109,8 @@ def open_array(folder: Path, name: str, entry: Mapping[str, Any]) -> Shaped[np.n
         raise IntegrityError(f"cannot read {folder / name}.npy ({error}); index again into a new folder") from error
     if str(array.dtype) != entry["dtype"] or list(array.shape) != entry["shape"]:
         raise IntegrityError(f"{folder / name}.npy holds another array than was written; index again into a new folder")
+    if scattered and sys.platform != "win32":
+        array.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]  # the base of a memory map is the map
     return array.view(np.ndarray)  # numpy's own class of maps is slow to index
 
 

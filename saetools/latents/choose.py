@@ -16,7 +16,7 @@ _TRIES = 8  # random tokens drawn for each one wanted, since passages around som
 
 def window(corpus: CorpusArrays, row: int, context: int) -> tuple[int, int]:
     """First and last + 1 of the rows around a row, within its document."""
-    document = corpus.row_documents[row]
+    document = corpus.document_of(row)
     first, last = corpus.document_starts[document], corpus.document_starts[document + 1]
     return max(int(first), row - context), min(int(last), row + context + 1)
 
@@ -33,7 +33,7 @@ def first_of_documents(corpus: CorpusArrays, rows: UInt32[np.ndarray, " pair"], 
     wanted, size = min(n, n_documents), 8 * n
     while wanted:
         some = np.asarray(rows[: min(size, _TOP_PAIRS)])
-        _, first = np.unique(corpus.row_documents[some], return_index=True)
+        _, first = np.unique(corpus.documents_of(some), return_index=True)
         if len(first) >= wanted or size >= min(len(rows), _TOP_PAIRS):
             return [int(row) for row in some[np.sort(first)[:wanted]]]
         size *= 8
@@ -55,7 +55,7 @@ class Taken:
     def add(self, rows: Iterable[int]) -> None:
         """Cover the passages around rows."""
         for row in rows:
-            covered = self._windows.setdefault(int(self._corpus.row_documents[row]), [])
+            covered = self._windows.setdefault(self._corpus.document_of(row), [])
             covered.append(window(self._corpus, row, self._context))
 
     def choose(self, rows: Iterable[int], n: int) -> list[int]:
@@ -65,7 +65,7 @@ class Taken:
         for row in rows:
             if len(chosen) == n:
                 break
-            document = int(self._corpus.row_documents[row])
+            document = self._corpus.document_of(row)
             first, last = window(self._corpus, row, self._context)
             free = all(last <= start or end <= first for start, end in self._windows.get(document, ()))
             if free and document not in seen:

@@ -57,6 +57,15 @@ class CorpusArrays:
         (raw,) = texts_at(self.document_names, self.document_names_starts, np.array([document]))
         return raw.decode(errors="surrogatepass")
 
+    def documents_of(self, rows: Integer[np.ndarray, " some"]) -> Int[np.ndarray, " some"]:
+        """The documents of rows that lie far apart: `document_starts` is small, `row_documents` a page for each."""
+        found: Int[np.ndarray, " some"] = np.searchsorted(self.document_starts, rows, "right") - 1
+        return found
+
+    def document_of(self, row: int) -> int:
+        """The document of a row."""
+        return int(np.searchsorted(self.document_starts, row, "right")) - 1
+
     def spellings(self, tokens: Integer[np.ndarray, " some"]) -> list[bytes]:
         """The bytes of token ids."""
         return texts_at(self.vocabulary, self.vocabulary_starts, tokens)

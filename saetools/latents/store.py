@@ -64,17 +64,10 @@ class LatentStore:
                 remedy="run the same again; it continues",
             )
         try:
-            self._corpus = load_arrays(CorpusArrays, self.path, manifest["files"])
-            names = {model: f"{number}." for number, model in enumerate(self.models)}
-            self._rows = {
-                model: load_arrays(RowPairs, self.path, manifest["files"], name) for model, name in names.items()
-            }
-            self._latents = {
-                model: load_arrays(LatentPairs, self.path, manifest["files"], name) for model, name in names.items()
-            }
-            self._coactive = {
-                model: load_arrays(CoactivePairs, self.path, manifest["files"], name) for model, name in names.items()
-            }
+            self._corpus = load_arrays(CorpusArrays, self.path, manifest["files"], scattered=True)
+            self._rows = self._of_models(RowPairs)
+            self._latents = self._of_models(LatentPairs)
+            self._coactive = self._of_models(CoactivePairs)
         except KeyError as error:
             raise IntegrityError(f"the manifest in {self.path} names no {error}; index again") from error
 
@@ -210,7 +203,7 @@ class LatentStore:
             raise InputError("row", expected=f"0 to {len(self) - 1}", received=row, remedy="name a token of the corpus")
         corpus = self._corpus
         first, last = window(corpus, row, context)
-        document = int(corpus.row_documents[row])
+        document = corpus.document_of(row)
         token_ids = corpus.token_ids[first:last]
         return Passage(
             dataset=self.datasets[corpus.document_datasets[document]],
@@ -282,8 +275,8 @@ class LatentStore:
 
     def _of_models(self, kind: type[_Arrays]) -> dict[str, _Arrays]:
         """The arrays of every model."""
-        files = self.manifest["files"]
-        return {model: load_arrays(kind, self.path, files, f"{number}.") for number, model in enumerate(self.models)}
+        files, names = self.manifest["files"], enumerate(self.models)
+        return {model: load_arrays(kind, self.path, files, f"{number}.", scattered=True) for number, model in names}
 
     def _checked(self, latent: int, model: str | None) -> str:
         """The model asked for, if it and the latent exist."""

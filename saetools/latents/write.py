@@ -114,10 +114,14 @@ def write_latents(
             on_progress(number, len(stages))
 
 
-def load_arrays(kind: type[_Arrays], folder: Path, entries: Mapping[str, Any], prefix: str = "") -> _Arrays:
-    """The arrays of a dataclass, by the names of its fields."""
+def load_arrays(
+    kind: type[_Arrays], folder: Path, entries: Mapping[str, Any], prefix: str = "", *, scattered: bool = False
+) -> _Arrays:
+    """The arrays of a dataclass, by the names of its fields; `scattered` as in `open_array`."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: open_array(folder, prefix + name, entries[prefix + name]) for name in names})
+    return kind(
+        **{name: open_array(folder, prefix + name, entries[prefix + name], scattered=scattered) for name in names}
+    )
 
 
 def _plan(documents: Sequence[TokenizedConversation], shard_tokens: int) -> list[range]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import random_pairs
 import torch
@@ -333,3 +334,23 @@ def test_nothing_to_index(tmp_path: Path, corpus: list[TokenizedConversation]):
         random_pairs.write(tmp_path, corpus, models=())
     with pytest.raises(InputError, match="vocabulary: expected more than 4 tokens, as the corpus has, received 3"):
         random_pairs.write(tmp_path, corpus, vocabulary=VOCABULARY[:3])
+
+
+def test_documents_of_rows(store: LatentStore):
+    rows = np.arange(len(store))
+    corpus = store._corpus
+    assert corpus.documents_of(rows).tolist() == corpus.row_documents.tolist()
+    assert [corpus.document_of(row) for row in rows[::7].tolist()] == corpus.row_documents[::7].tolist()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_nothing_is_read_ahead(store: LatentStore):
+    """Every map of a store is told to be read here and there (`rr`): reading ahead would fetch most of the store."""
+    flags, mapped = {}, ""
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            mapped = line.split(" ", 5)[-1].strip()
+        elif line.startswith("VmFlags:") and Path(mapped).parent == store.path:
+            flags[Path(mapped).stem] = line.split()[1:]
+    assert flags.keys() == store.manifest["files"].keys()
+    assert all("rr" in each for each in flags.values())
