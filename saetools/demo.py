@@ -91,7 +91,7 @@ def run_demo(
     """Run the main job on the shipped organism and write its report.
 
     Args:
-        out: folder for `report.html`, `report.json`, `report.md`, `latents.parquet` and `diff.json`.
+        out: folder for `report.html`, `report.json`, `report.md`, and the files of the diff.
         config: sizes.
         on_progress: called with stages done, stages in all and the name of the next.
 

@@ -62,12 +62,13 @@ def fake_server(behave):
                 server.most_in_flight = max(server.most_in_flight, server.in_flight)
             try:
                 answer = behave(number, request)
+            finally:
+                with lock:  # before the client hears of it and sends the next
+                    server.in_flight -= 1
+            try:
                 self._send(answer if isinstance(answer, Bad) else Bad(body=completion(answer)), server.keys[number])
             except OSError:
                 pass  # the client has gone
-            finally:
-                with lock:
-                    server.in_flight -= 1
 
         def _send(self, bad, key):
             time.sleep(bad.delay)

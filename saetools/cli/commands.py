@@ -54,7 +54,7 @@ class Diff:
 
     read: DataOptions
     out: str
-    """Folder for latents.parquet, conversations.parquet, diff.json, and a figure per role."""
+    """Folder for the tables, diff.json, and a figure per role."""
     pair: TunedOptions = field(default_factory=TunedOptions)
     sae: SAEOptions = field(default_factory=SAEOptions)
     positions: tuple[Positions, ...] = ("prompt",)
