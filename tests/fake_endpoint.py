@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -65,10 +65,8 @@ def fake_server(behave):
             finally:
                 with lock:  # before the client hears of it and sends the next
                     server.in_flight -= 1
-            try:
+            with suppress(OSError):  # the client has gone
                 self._send(answer if isinstance(answer, Bad) else Bad(body=completion(answer)), server.keys[number])
-            except OSError:
-                pass  # the client has gone
 
         def _send(self, bad, key):
             time.sleep(bad.delay)
