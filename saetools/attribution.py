@@ -179,7 +179,7 @@ def attribute_latents(
         if on_progress is not None:
             on_progress(done, total)
     provenance = {
-        "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
+        "model": lm.describe(),
         "sae": sae_sha256(sae),
         "site": str(site),
         "positions": positions,

@@ -108,8 +108,8 @@ def diff_latents(
         if on_progress is not None:
             on_progress(done, len(tokenized))
     provenance = {
-        "base": {"name": base.name, "adapter": base.adapter, **base.provenance},
-        "tuned": {"name": tuned.name, "adapter": tuned.adapter, **tuned.provenance},
+        "base": base.describe(),
+        "tuned": tuned.describe(),
         "sae": sae_sha256(sae),
         "site": str(site),
         "positions": list(roles),

@@ -114,7 +114,7 @@ def mean_difference(
                 sums[site] += acts[chosen.to(acts.device)].double().sum(0).cpu()
         means[name] = {site: total / n_tokens[name] for site, total in sums.items()}
     provenance = {
-        "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
+        "model": lm.describe(),
         "positions": positions,
         "n_conversations": {name: len(pieces) for name, pieces in tokenized.items()},
         "n_tokens": n_tokens,

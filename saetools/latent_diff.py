@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from saetools.adequacy import Adequacy
 from saetools.changes import FDR
 from saetools.data.roles import Positions
 from saetools.errors import InputError
+from saetools.latent_scatter import scatter_latents
 from saetools.saved_result import load_result, save_result
 
 if TYPE_CHECKING:
@@ -94,13 +96,21 @@ class LatentDiff:
         self.check_single_role()
         return self.table.sort("delta", descending=not decreases, maintain_order=True).head(n)
 
+    def rates(self) -> Float[Tensor, " d_sae"]:
+        """Firing rate of every latent at one role, the mean of both models': by it `certify_latents` matches controls.
+
+        Raises:
+            InputError: if several roles were read.
+        """
+        self.check_single_role()
+        return ((self.table["rate_base"] + self.table["rate_tuned"]) / 2).to_torch().float()
+
     def figure(self, *, n_labels: int = 10) -> go.Figure:
         """Change against effect size at one role, one dot per latent that fires at all, the largest named.
 
         Raises:
             InputError: if several roles were read.
         """
-        import plotly.graph_objects as go
         import polars as pl
 
         self.check_single_role()
@@ -111,25 +121,8 @@ class LatentDiff:
             f"<br>active on {row['rate_base']:.1%} -> {row['rate_tuned']:.1%} of tokens"
             for row in table.iter_rows(named=True)
         ]
-        figure = go.Figure(
-            go.Scattergl(
-                x=table["delta"],
-                y=table["effect"],
-                mode="markers+text",
-                text=[str(latent) if latent in named else "" for latent in table["latent"]],
-                textposition="top center",
-                hovertext=hover,
-                hoverinfo="text",
-                marker={"size": 6, "opacity": 0.6},
-            )
-        )
-        figure.update_layout(
-            xaxis_title="change of mean activation, tuned - base",
-            yaxis_title="effect size (change / sd over conversations)",
-            template="plotly_white",
-            margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        )
-        return figure
+        titles = ("change of mean activation, tuned - base", "effect size (change / sd over conversations)")
+        return scatter_latents(table, "delta", "effect", named=named, hover=hover, titles=titles)
 
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet`, `conversations.parquet`, `tensors.safetensors` (what the SAE does not see) and

@@ -172,7 +172,7 @@ def measure_coactivation(
     values_a, values_b = (torch.cat(own[1::2]) for own in pieces)
     order = torch.argsort(latents_a, stable=True)
     provenance = {
-        "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
+        "model": lm.describe(),
         "saes": [sae_sha256(a), sae_sha256(b)],
         "sites": [str(site) for site in both],
         "positions": positions,

@@ -30,7 +30,7 @@ from saetools.interpret.promoted import promoted_tokens
 from saetools.models.checkpoints import find_checkpoints
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
-from saetools.provenance import sha256_of_texts, versions, write_json
+from saetools.provenance import differing, sha256_of_texts, versions, write_json
 from saetools.rankings import Rankings, compare_rankings
 from saetools.readings import ChangeSplit, split_change
 from saetools.sae.identity import sae_sha256
@@ -140,9 +140,7 @@ class Stages:
             self._out.mkdir(parents=True, exist_ok=True)
             write_json(path, ours)
             return
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if changed:
+        if changed := differing(ours, json.loads(path.read_text(encoding="utf-8"))):
             raise InputError(
                 "out",
                 expected="a new folder, or that of the same run",
@@ -274,10 +272,8 @@ class Stages:
         self, name: str, latents: Sequence[int], diffs: Mapping[str, LatentDiff], judge: Judge | None
     ) -> Certification:
         """Certificates of the candidates on one organism."""
-        tables = [
-            diff.at(self._config.role).table for one, diff in diffs.items() if one not in self._held_out
-        ]  # the same controls for all organisms
-        rates = torch.stack([((table["rate_base"] + table["rate_tuned"]) / 2).to_torch() for table in tables]).mean(0)
+        selection = [diff.at(self._config.role) for one, diff in diffs.items() if one not in self._held_out]
+        rates = torch.stack([diff.rates() for diff in selection]).mean(0)  # the same controls for all organisms
         together = [Candidate(f"all {len(latents)}", tuple(latents))] if len(latents) > 1 else []
         return certify_latents(
             self._base,
@@ -287,7 +283,7 @@ class Stages:
             self._scored,
             self._prompts[:: max(1, len(self._prompts) // 24)],
             self._texts,
-            rates=rates.float(),
+            rates=rates,
             site=self._site,
             config=self._config.certificate,
             judge=judge,

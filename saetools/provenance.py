@@ -49,6 +49,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Names under which two runs say different things, such as their settings, sorted."""
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
 def plain(value: Any) -> Any:
     """A value as JSON can hold it: numbers that are not finite become null, which JSON has no word for."""
     if isinstance(value, Mapping):

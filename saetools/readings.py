@@ -29,6 +29,7 @@ from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, toke
 from saetools.diff import DiffConfig, check_diff
 from saetools.errors import InputError
 from saetools.generation import SamplingConfig, generate
+from saetools.latent_scatter import scatter_latents
 from saetools.latents.reading import RoleReading, read_latents
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
@@ -87,7 +88,6 @@ class ChangeSplit:
 
     def figure(self, *, n_labels: int = 10) -> go.Figure:
         """Content against representation, one dot per latent that is active; the largest total changes are named."""
-        import plotly.graph_objects as go
         import polars as pl
 
         table = self.table.filter(pl.col("n_active") > 0)
@@ -97,25 +97,8 @@ class ChangeSplit:
             f"<br>representation {row['representation']:.3f}, content {row['content']:.3f}"
             for row in table.iter_rows(named=True)
         ]
-        figure = go.Figure(
-            go.Scattergl(
-                x=table["representation"],
-                y=table["content"],
-                mode="markers+text",
-                text=[str(latent) if latent in named else "" for latent in table["latent"]],
-                textposition="top center",
-                hovertext=hover,
-                hoverinfo="text",
-                marker={"size": 6, "opacity": 0.6},
-            )
-        )
-        figure.update_layout(
-            xaxis_title="representation: change on the same text",
-            yaxis_title="content: change in the same model",
-            template="plotly_white",
-            margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        )
-        return figure
+        titles = ("representation: change on the same text", "content: change in the same model")
+        return scatter_latents(table, "representation", "content", named=named, hover=hover, titles=titles)
 
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet` and `readings.json` (all else) into a folder."""
@@ -202,7 +185,7 @@ def split_change(
     table, share = _compare(cells, len(texts.prompts), sae.d_sae, config)
     n_given = sum(len(own) for side in _SIDES for own in answers[side])
     provenance = {
-        **{side: {"name": lm.name, "adapter": lm.adapter, **lm.provenance} for side, lm in models.items()},
+        **{side: lm.describe() for side, lm in models.items()},
         "sae": sae_sha256(sae),
         "site": str(site),
         "positions": positions,

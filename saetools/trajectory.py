@@ -324,7 +324,7 @@ class _Tracer:
             traced,
             changes,
             {
-                "base": {"name": base.name, "adapter": base.adapter, **base.provenance},
+                "base": base.describe(),
                 "adapters": {key: adapters[key] for key in (f"{point:g}" for point in self.points)},
                 "sae": sae_sha256(sae),
                 "site": str(site),

@@ -52,6 +52,7 @@ LAYERS = {
     "attribution": 4,
     "tuned_only": 4,
     "latent_diff": 4,
+    "latent_scatter": 4,
     "diff": 4,
     "readings": 4,
     "rankings": 4,

@@ -267,7 +267,7 @@ def _identity(
         "format": _FORMAT,
         "sites": [str(site) for site in sites],
         "d_model": lm.d_model,
-        "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
+        "model": lm.describe(),
         "data_sha256": tokens_sha256(conversations, "token_ids"),
         "roles_sha256": tokens_sha256(conversations, "roles"),
         "config": asdict(config),

@@ -147,7 +147,7 @@ class Train:
             )
         lm, tokenized, _ = _tokenized(self.model, self.read, self.max_tokens)
         origin = {
-            "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
+            "model": lm.describe(),
             "data_sha256": tokens_sha256(tokenized, "token_ids"),
             "config": {"buffer_tokens": self.buffer_tokens, "max_tokens": self.max_tokens},
             "n_tokens_stored": 0,

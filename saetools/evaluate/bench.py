@@ -112,8 +112,8 @@ class Bench:
         questions = [one if isinstance(one, str) else "\n".join(m.content for m in one.messages) for one in prompts]
         self.settings = dataclasses.asdict(config)
         self.provenance = {
-            "base": {"name": base.name, "adapter": base.adapter, **base.provenance},
-            "tuned": {"name": tuned.name, "adapter": tuned.adapter, **tuned.provenance},
+            "base": base.describe(),
+            "tuned": tuned.describe(),
             "sae": sae_sha256(sae),
             "site": str(site),
             "items_sha256": sha256_of_texts(f"{one.question}\n{one.aligned}\n{one.misaligned}" for one in items),

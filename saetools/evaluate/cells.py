@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saetools.errors import InputError
+from saetools.provenance import differing
 
 
 class Cells:
@@ -55,8 +56,7 @@ class Cells:
             return
         identity = json.loads(whole[0]).get("identity")
         if identity != self._identity:
-            ours, theirs = self._identity, identity if isinstance(identity, dict) else {}
-            changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            changed = differing(self._identity, identity if isinstance(identity, dict) else {})
             raise InputError(
                 "out",
                 expected=f"a new folder, or the measurements of this run in {path.name}",

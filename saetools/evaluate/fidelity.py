@@ -172,7 +172,7 @@ def measure_fidelity(
             sums.add(sae, acts[counted.to(acts.device)], batch.roles[counted], rows[counted], predicted)
             tick()
     provenance = {
-        "model": {"name": lm.name, "adapter": lm.adapter, **lm.provenance},
+        "model": lm.describe(),
         "sae": sae_sha256(sae),
         "site": str(site),
         "data_sha256": sha256_of_texts(" ".join(map(str, one.token_ids.tolist())) for one in tokenized),

@@ -107,7 +107,7 @@ def index_latents(
         }
 
     provenance = {
-        "models": {name: {"name": lm.name, "adapter": lm.adapter, **lm.provenance} for name, lm in models.items()},
+        "models": {name: lm.describe() for name, lm in models.items()},
         "sae": {"model_name": sae.metadata.model_name, "sha256": sae_sha256(sae)},
         "site": str(site),
         "max_tokens": max_tokens,

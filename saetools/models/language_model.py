@@ -119,6 +119,10 @@ class LanguageModel:
         """The same weights without any adapter."""
         return replace(self, adapter=None)
 
+    def describe(self) -> dict[str, Any]:
+        """What a result says of the model that it is about: name, adapter, hashes."""
+        return {"name": self.name, "adapter": self.adapter, **self.provenance}
+
     def with_adapter(self, name: str) -> LanguageModel:
         """The same weights seen through another loaded adapter.
 

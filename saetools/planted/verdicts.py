@@ -103,7 +103,7 @@ def _kinds(planted: PlantedModel, n_nulls: int) -> dict[int, tuple[str, float]]:
 def _certify(planted: PlantedModel, latents: list[int], config: VerdictConfig) -> dict[int, Verdict]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SaetoolsWarning)  # of the diff, whose firing rates alone are used
-        table = diff_latents(planted.base, planted.tuned, planted.sae, planted.prompts).table
+        rates = diff_latents(planted.base, planted.tuned, planted.sae, planted.prompts).rates()
     asked = draw_prompts(planted.language, config.n_prompts, seed=_ASKED_SEED)
     texts = [one.messages[0].content for one in draw_prompts(planted.language, config.n_prompts, seed=_TEXT_SEED)]
     found = certify_latents(
@@ -114,7 +114,7 @@ def _certify(planted: PlantedModel, latents: list[int], config: VerdictConfig) -
         planted.items,
         asked,
         texts,
-        rates=((table["rate_base"] + table["rate_tuned"]) / 2).to_torch().float(),
+        rates=rates,
         config=config.certificate,
     )
     return {one.candidate.latents[0]: one.verdict for one in found.certificates}

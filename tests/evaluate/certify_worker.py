@@ -23,8 +23,7 @@ def certify(out: Path | None, *, config: CertificateConfig = CONFIG, **settings:
     planted = plant_model(PlantedConfig(strengths=(0.8, 0.25), n_items=32, n_prompts=32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table = diff_latents(planted.base, planted.tuned, planted.sae, planted.prompts).table
-    rates = ((table["rate_base"] + table["rate_tuned"]) / 2).to_torch().float()
+        rates = diff_latents(planted.base, planted.tuned, planted.sae, planted.prompts).rates()
     everything = Candidate("personas", planted.persona)
     candidates = [planted.persona[0], planted.correlates[0], planted.persona[2], planted.nulls[0], everything]
     prompts = draw_prompts(planted.language, 10, seed=7)
