@@ -17,6 +17,7 @@ from saetools.interpret import ExplainConfig
 if TYPE_CHECKING:
     from saetools.data import Conversation, ForcedChoiceItem
     from saetools.evaluate import Candidate, Certification, Judge
+    from saetools.latent_diff import LatentDiff
     from saetools.models import LanguageModel
 
 
@@ -117,7 +118,6 @@ class Certify:
         items, prompts, texts = reference_data(self.items, self.n_items, self.prompts, questions, self.texts)
         base, tuned = self.pair.load()
         sae, site = self.sae.load(base)
-        rates = ((found.table["rate_base"] + found.table["rate_tuned"]) / 2).to_torch().float()
         endpoint = self.judge.made()
         judge: Judge | None = None if endpoint is None else coherence_judge(endpoint)
         with progress("certify", "measurements") as update:
@@ -129,7 +129,7 @@ class Certify:
                 items,
                 prompts,
                 texts,
-                rates=rates,
+                rates=found.rates(),
                 site=site,
                 config=self.config,
                 judge=judge,
@@ -145,13 +145,17 @@ class Certify:
         else:
             _print_certification(certification, self.out)
 
-    def _candidates(self, found: Any) -> list[Candidate | int]:
+    def _candidates(self, found: LatentDiff) -> list[Candidate | int]:
+        import polars as pl
+
+        from saetools.changes import FDR
         from saetools.evaluate import Candidate
 
+        found.check_single_role()
         if self.latents:
             chosen = list(self.latents)
         else:
-            sure = found.top(len(found.table)).filter((found.top(len(found.table))["q_value"] <= 0.05).fill_null(False))
+            sure = found.top(len(found.table)).filter((pl.col("q_value") <= FDR) & (pl.col("delta") > 0))
             chosen = sure["latent"].head(self.n_top).to_list()
         if not chosen:
             raise InputError(
