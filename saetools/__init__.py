@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from saetools.diff import LatentDiff, diff_latents
     from saetools.directions import mean_difference
     from saetools.endpoint import Endpoint
-    from saetools.evaluate import dose_response, measure_fidelity, measure_perplexity, score_forced_choice
+    from saetools.evaluate import (
+        certify_latents,
+        dose_response,
+        measure_fidelity,
+        measure_perplexity,
+        score_forced_choice,
+    )
     from saetools.finetune import FinetuneConfig, finetune_lora
     from saetools.generation import Generation, SamplingConfig, generate
     from saetools.interpret import (
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
     from saetools.latents import LatentStore, index_latents, measure_latents
     from saetools.matching import compare_across_saes, match_latents, measure_coactivation
     from saetools.models import LanguageModel, Site, edit, load_model, read
+    from saetools.persona import find_persona
     from saetools.rankings import Rankings, compare_rankings
     from saetools.readings import ChangeSplit, split_change
     from saetools.report import PersonaReport, write_report
@@ -63,7 +70,13 @@ _HOMES = {
     "diff": ("LatentDiff", "diff_latents"),
     "directions": ("mean_difference",),
     "endpoint": ("Endpoint",),
-    "evaluate": ("dose_response", "measure_fidelity", "measure_perplexity", "score_forced_choice"),
+    "evaluate": (
+        "certify_latents",
+        "dose_response",
+        "measure_fidelity",
+        "measure_perplexity",
+        "score_forced_choice",
+    ),
     "finetune": ("FinetuneConfig", "finetune_lora"),
     "generation": ("Generation", "SamplingConfig", "generate"),
     "interpret": (
@@ -78,6 +91,7 @@ _HOMES = {
     "latents": ("LatentStore", "index_latents", "measure_latents"),
     "matching": ("compare_across_saes", "match_latents", "measure_coactivation"),
     "models": ("LanguageModel", "Site", "edit", "load_model", "read"),
+    "persona": ("find_persona",),
     "rankings": ("Rankings", "compare_rankings"),
     "readings": ("ChangeSplit", "split_change"),
     "report": ("PersonaReport", "write_report"),
@@ -110,6 +124,7 @@ __all__ = [
     "TrainConfig",
     "Trajectory",
     "attribute_latents",
+    "certify_latents",
     "compare_across_saes",
     "compare_rankings",
     "diff_latents",
@@ -118,6 +133,7 @@ __all__ = [
     "edit",
     "explain_latents",
     "find_consensus",
+    "find_persona",
     "find_tuned_only",
     "finetune_lora",
     "generate",
