@@ -47,7 +47,8 @@ class Adequacy:
         reproduced: 1 - |(x_t - x_b) - (x'_t - x'_b)|^2 / |x_t - x_b|^2, summed over tokens: the share of the change
             that the difference of the reconstructions x' gives; below 0 if it adds more error than it explains.
         in_active_rows: share of the change inside the span of the decoder rows active in either model.
-        in_random_rows: the same for as many other rows of the decoder, drawn anew for every token.
+        in_random_rows: the same for as many of the rows that are active in neither, at random for every token; for
+            fewer where there are not as many.
         rest_shares: share of the change along each of the largest directions of what the active rows leave.
         rest_directions: these directions, of length 1.
         n_tokens: tokens.
@@ -150,8 +151,7 @@ class AdequacySums:
             }
         change = x["tuned"] - x["base"]
         active = _active_rows(latents_base, latents_tuned)
-        random = torch.randint(self._sae.d_sae, active.shape, generator=self._generator).to(device)
-        random = torch.where(active < 0, -1, random)
+        random = random_rows(active, self._sae.d_sae, self._generator)
         inside, rest = self._project(change, active)
         inside_random, _ = self._project(change, random)
         values |= {
@@ -225,3 +225,22 @@ def _active_rows(base: SparseLatents, tuned: SparseLatents) -> Int[Tensor, "toke
     again = torch.zeros_like(both, dtype=torch.bool)
     again[:, 1:] = both[:, 1:] == both[:, :-1]
     return both.masked_fill(again, -1)
+
+
+def random_rows(
+    active: Int[Tensor, "token slot"], d_sae: int, generator: torch.Generator
+) -> Int[Tensor, "token other_slot"]:
+    """As many other latents as are active, without repeats; -1 in spare slots.
+
+    The first of a random order of all latents that are not active themselves, from a random place on: two places for
+    each active latent always hold enough. Tokens of one call share the order, not the place.
+    """
+    n_tokens, n_slots = active.shape
+    order = torch.randperm(d_sae, generator=generator)
+    starts = torch.randint(d_sae, (n_tokens, 1), generator=generator)
+    drawn = order[(starts + torch.arange(min(2 * n_slots, d_sae))) % d_sae].to(active.device)
+    known = active.sort(1).values
+    place = torch.searchsorted(known, drawn).clamp_max(n_slots - 1)
+    free = known.gather(1, place) != drawn
+    wanted = free & (free.cumsum(1) <= (active >= 0).sum(1, keepdim=True))
+    return torch.where(wanted, drawn, -1).sort(1, descending=True).values[:, :n_slots]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saetools.activations.stream import stream_activations
-from saetools.adequacy import AdequacySums
+from saetools.adequacy import Adequacy, AdequacySums
 from saetools.changes import change_figures, change_tests, ranks
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions, select_positions
@@ -39,7 +39,10 @@ from saetools.sae.model import SAE
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["DiffConfig", "LatentDiff", "check_diff", "compare_readings", "diff_latents", "tokenize_for"]
+__all__ = ["DiffConfig", "LatentDiff", "check_diff", "compare_readings", "diff_latents", "read_both", "tokenize_for"]
+
+
+Readings = dict[Positions, RoleReading]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def diff_latents(
 
     The unit of statistics is the conversation: activations are averaged over its tokens, the change is paired. First
     positions (attention sinks) do not count. Memory grows with the active latents of conversations, never with tokens x
-    d_sae. A `SaetoolsWarning` says where the SAE is blind to the change.
+    d_sae. A `SaetoolsWarning` says where the SAE is blind to the change, and where no latent could be tested.
 
     Args:
         base: the model before the fine-tune.
@@ -95,18 +98,9 @@ def diff_latents(
     check_diff(base, tuned, sae, conversations, config)
     report = TokenizeReport()
     tokenized = tokenize_for(conversations, base, roles, config.max_tokens, report)
-    readers = {side: LatentReader(len(tokenized), sae.d_sae, roles) for side in ("base", "tuned")}
-    adequacy = AdequacySums(sae, site, len(tokenized), roles, seed=config.seed)
-    streams = (stream_activations(lm, [site], tokenized, batch_tokens=config.batch_tokens) for lm in (base, tuned))
-    done = 0
-    for before, after in zip(*streams, strict=True):
-        latents = [sae.encode(block.acts[site].to(sae.W_dec.device)) for block in (before, after)]
-        for reader, block, own in zip(readers.values(), (before, after), latents, strict=True):
-            reader.add(block, own)
-        adequacy.add(before, after, *latents)
-        done += len(torch.unique(before.documents))
-        if on_progress is not None:
-            on_progress(done, len(tokenized))
+    before, after, adequacy = read_both(
+        base, tuned, sae, site, tokenized, roles, config=config, on_progress=on_progress
+    )
     provenance = {
         "base": base.describe(),
         "tuned": tuned.describe(),
@@ -119,10 +113,8 @@ def diff_latents(
         "config": dataclasses.asdict(config),
         "versions": versions(),
     }
-    readings = [reader.readings() for reader in readers.values()]
-    table, pairs = compare_readings(*readings, config=config)
-    figures = adequacy.figures(n_resamples=config.n_resamples, seed=config.seed)
-    found = LatentDiff(table, pairs, figures, provenance)
+    table, pairs = compare_readings(before, after, config=config)
+    found = LatentDiff(table, pairs, adequacy, provenance)
     for text in found.warnings:
         warnings.warn(f"{tuned.name} against {base.name}, {text}", SaetoolsWarning, stacklevel=2)
     return found
@@ -157,15 +149,20 @@ def tokenize_for(
     max_tokens: int | None,
     report: TokenizeReport,
 ) -> list[TokenizedConversation]:
-    """Tokenise conversations, prompts with the tokens that open an answer, and keep those with tokens at any role.
+    """Tokenise conversations, and keep those with tokens at any role.
+
+    Those that end with the user's turn are read with the tokens that open an answer, whatever the others are.
 
     Raises:
         InputError: if fewer than two have tokens at one of the roles, first positions aside.
     """
-    opens = all(isinstance(one, Conversation) and one.is_prompt for one in conversations)
-    tokenized = list(
-        tokenize(conversations, lm.tokenizer, max_tokens=max_tokens, add_generation_prompt=opens, report=report)
-    )
+    pieces: dict[int, TokenizedConversation] = {}
+    for opens in (True, False):
+        chosen = [number for number, one in enumerate(conversations) if _is_prompt(one) == opens]
+        some = [conversations[number] for number in chosen]
+        read = tokenize(some, lm.tokenizer, max_tokens=max_tokens, add_generation_prompt=opens, report=report)
+        pieces |= zip(chosen, read, strict=True)
+    tokenized = [pieces[number] for number in range(len(conversations))]
     kept = [False] * len(tokenized)
     for role in positions:
         have = [bool(select_positions(one.roles[1:], role).any()) for one in tokenized]
@@ -178,6 +175,49 @@ def tokenize_for(
             )
         kept = [one or own for one, own in zip(kept, have, strict=True)]
     return [one for one, keep in zip(tokenized, kept, strict=True) if keep]
+
+
+def _is_prompt(conversation: Conversation) -> bool:
+    return isinstance(conversation, Conversation) and conversation.is_prompt  # `tokenize` refuses other types
+
+
+def read_both(
+    base: LanguageModel,
+    tuned: LanguageModel,
+    sae: SAE,
+    site: Site,
+    tokenized: Sequence[TokenizedConversation],
+    positions: Sequence[Positions],
+    *,
+    config: DiffConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Readings, Readings, dict[Positions, Adequacy]]:
+    """Read the same tokens with both models, side by side: base's latents, tuned's latents, and the SAE's adequacy.
+
+    Args:
+        base: the model before the fine-tune.
+        tuned: the model after it.
+        sae: the SAE.
+        site: where it reads.
+        tokenized: what both read.
+        positions: token roles.
+        config: settings.
+        on_progress: called with conversations done and in all.
+    """
+    readers = [LatentReader(len(tokenized), sae.d_sae, positions) for _ in range(2)]
+    adequacy = AdequacySums(sae, site, len(tokenized), positions, seed=config.seed)
+    streams = (stream_activations(lm, [site], tokenized, batch_tokens=config.batch_tokens) for lm in (base, tuned))
+    done = 0
+    for blocks in zip(*streams, strict=True):
+        latents = [sae.encode(block.acts[site].to(sae.W_dec.device)) for block in blocks]
+        for reader, block, own in zip(readers, blocks, latents, strict=True):
+            reader.add(block, own)
+        adequacy.add(*blocks, *latents)
+        done += len(torch.unique(blocks[0].documents))
+        if on_progress is not None:
+            on_progress(done, len(tokenized))
+    before, after = (reader.readings() for reader in readers)
+    return before, after, adequacy.figures(n_resamples=config.n_resamples, seed=config.seed)
 
 
 def compare_readings(
@@ -237,6 +277,5 @@ def _compare(
         }
     )
     named = pl.lit(role).alias("positions")
-    return table.select(named, pl.all()).with_columns(pl.col("p_value", "q_value").fill_nan(None)), means_of.select(
-        named, pl.all()
-    )
+    unknown = pl.col("low", "high", "p_value", "q_value").fill_nan(None)
+    return table.select(named, pl.all()).with_columns(unknown), means_of.select(named, pl.all())

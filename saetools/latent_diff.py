@@ -40,7 +40,7 @@ class LatentDiff:
             conversations (0 if the sd is), `rate_delta`, `n_active` = conversations in which it is active in either
             model, `p_value` (sign flips, two-sided; see `changes.ROUNDING`) and `q_value` (the false discovery rate at
             which it counts as changed), both null for latents with too few of them, `rank` (1 = largest increase),
-            `n_conversations`.
+            `n_conversations`. Ends of intervals are null where the bootstrap does not determine them.
         conversations: one row for each role, conversation and latent that is active there in either model:
             `positions`, `conversation` (index), `latent`, `base`, `tuned` (mean activation over its tokens).
         adequacy: whether the SAE sees the change, by role.
@@ -60,7 +60,17 @@ class LatentDiff:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Why not to trust it, with the role that each concerns; empty if nothing speaks against it."""
-        return tuple(f"{role}: {text}" for role, one in self.adequacy.items() for text in one.warnings)
+        return tuple(text for role in self.positions for text in self._warnings(role))
+
+    def _warnings(self, role: Positions) -> list[str]:
+        import polars as pl
+
+        found = list(self.adequacy[role].warnings)
+        here = self.table.filter(pl.col("positions") == role)
+        if here["q_value"].null_count() == len(here):
+            n, least = here["n_conversations"][0], self.provenance["config"]["min_active"]
+            found.append(untested(n, "conversations", least))
+        return [f"{role}: {text}" for text in found]
 
     def at(self, positions: Positions) -> LatentDiff:
         """The same for one role.
@@ -115,9 +125,10 @@ class LatentDiff:
 
         self.check_single_role()
         table = self.table.filter((pl.col("rate_base") > 0) | (pl.col("rate_tuned") > 0))
-        named = set(self.top(n_labels)["latent"]) | set(self.top(n_labels // 2, decreases=True)["latent"])
+        falling = self.table.sort("delta", maintain_order=True).head(n_labels // 2)
+        named = {*self.top(n_labels)["latent"], *falling["latent"]}
         hover = [
-            f"latent {row['latent']}<br>delta {row['delta']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            f"latent {row['latent']}<br>delta {row['delta']:.3f} {in_brackets(row['low'], row['high'])}"
             f"<br>active on {row['rate_base']:.1%} -> {row['rate_tuned']:.1%} of tokens"
             for row in table.iter_rows(named=True)
         ]
@@ -152,7 +163,14 @@ class LatentDiff:
         return cls(table, conversations, adequacy, facts["provenance"])
 
     def summary(self, n: int) -> dict[str, Any]:
-        """The n largest increases of each role, with adequacy, warnings and provenance, as plain values."""
+        """The n largest increases and decreases of each role, with adequacy, warnings and provenance, as plain values.
+
+        Raises:
+            InputError: if n is not positive.
+        """
+        import polars as pl
+
+        change = pl.col("delta")
         return {
             "warnings": list(self.warnings),
             "positions": {
@@ -160,7 +178,8 @@ class LatentDiff:
                     "adequacy": one.to_json(),
                     "n_tested": int(self.at(role).table["q_value"].is_not_null().sum()),
                     "n_changed": int((self.at(role).table["q_value"] <= FDR).sum()),
-                    "top": self.at(role).top(n).drop("positions").to_dicts(),
+                    "top": self.at(role).top(n).filter(change > 0).drop("positions").to_dicts(),
+                    "decreases": self.at(role).top(n, decreases=True).filter(change < 0).drop("positions").to_dicts(),
                 }
                 for role, one in self.adequacy.items()
             },
@@ -177,3 +196,16 @@ class LatentDiff:
             raise InputError(
                 "positions", expected="one role", received=", ".join(self.positions), remedy="pick one with .at(...)"
             )
+
+
+def untested(n_units: int, unit: str, min_active: int) -> str:
+    """The warning that no latent could be tested."""
+    return (
+        f"no latent was tested: none is active in min_active={min_active} of the {n_units} {unit}; read more of them, "
+        "or lower min_active"
+    )
+
+
+def in_brackets(low: float | None, high: float | None) -> str:
+    """An interval in brackets; an end that is not known as a question mark."""
+    return "[{}, {}]".format(*("?" if end is None else f"{end:.3f}" for end in (low, high)))

@@ -9,7 +9,7 @@ import torch
 from tiny_sae import basis_sae, make_sae
 
 from saetools.activations import ActivationBlock
-from saetools.adequacy import Adequacy, AdequacySums
+from saetools.adequacy import Adequacy, AdequacySums, random_rows
 from saetools.data import Role
 from saetools.models import Site
 from saetools.sae.model import SAE, SAEMetadata
@@ -166,3 +166,21 @@ def test_it_survives_json_also_without_a_change(sae):
         again = Adequacy.from_json(json.loads(text), found.rest_directions)
         assert json.dumps(again.to_json()) == text
     assert math.isnan(again.reproduced.mean)
+
+
+@pytest.mark.parametrize(("d_sae", "n_slots"), [(40, 6), (8, 6), (5, 5), (9, 0)])
+def test_random_rows_are_as_many_others_without_repeats(d_sae, n_slots):
+    generator = torch.Generator().manual_seed(4)
+    n = 3000
+    order = torch.rand(n, d_sae, generator=generator).argsort(1)[:, :n_slots]
+    active = torch.where(torch.rand(n, n_slots, generator=generator) < 0.3, -1, order)
+    counts = torch.zeros(d_sae)
+    for part in active.split(100):
+        for own, found in zip(part.tolist(), random_rows(part, d_sae, generator).tolist(), strict=True):
+            known, drawn = set(own) - {-1}, [row for row in found if row >= 0]
+            assert len(drawn) == len(set(drawn)) == min(len(known), d_sae - len(known))
+            assert not known & set(drawn)
+            counts[drawn] += 1
+    if n_slots and d_sae > n_slots:  # all alike: by chance they differ by far less than a quarter
+        assert counts.min() > 0.75 * counts.mean()
+        assert counts.max() < 1.25 * counts.mean()

@@ -18,8 +18,8 @@ from saetools.significance import false_discovery_rates, sign_flip_p_values
 
 FILES = ["conversations.parquet", "diff.json", "latents.parquet", "tensors.safetensors"]
 SETTINGS = {field.name for field in dataclasses.fields(DiffConfig)}
-EXPECTED = "ignore:.*the (SAE is blind|SAE does not fit|two models are equal):saetools.errors.SaetoolsWarning"
-pytestmark = pytest.mark.filterwarnings(EXPECTED)
+EXPECTED = "ignore:.*(the SAE is blind|the SAE does not fit|the two models are equal|no latent was tested)"
+pytestmark = pytest.mark.filterwarnings(EXPECTED + ":saetools.errors.SaetoolsWarning")
 
 CHATS = [
     Conversation.chat(user, answer, id=user)
@@ -236,6 +236,36 @@ def test_the_figure_shows_latents_that_fire(organism):
     named = {int(label) for label in trace.text if label}
     assert named <= set(found.top(2)["latent"]) | set(found.top(1, decreases=True)["latent"])
     assert str(found.top(1)["latent"].item()) in trace.text
+    (one,) = found.figure(n_labels=1).data
+    assert [label for label in one.text if label] == [str(found.top(1)["latent"].item())]
+    unknown = dataclasses.replace(found, table=found.table.with_columns(pl.lit(None, pl.Float64).alias("high")))
+    assert all("nan" not in text and ", ?]<br>" in text for text in unknown.figure().data[0].hovertext)
+
+
+def test_too_few_conversations_to_test_anything_are_a_warning(organism):
+    """Not only rare latents: with five conversations none is active in ten."""
+    with pytest.warns(
+        SaetoolsWarning, match="response: no latent was tested: none is active in min_active=10 of the 5"
+    ):
+        found = diff(organism.base, organism, make_sae(), positions=("prompt", "response"))
+    told = [text.partition(": none")[0] for text in found.warnings if "tested" in text]
+    assert told == ["prompt: no latent was tested", "response: no latent was tested"]
+    assert found.summary(1)["warnings"] == list(found.warnings)
+    tested = diff(organism.base, organism, make_sae(), positions=("prompt", "response"), min_active=5)
+    assert tested.table["q_value"].is_not_null().any()
+    assert not any("tested" in text for text in tested.warnings)
+
+
+def test_a_summary_has_increases_and_decreases(organism):
+    found = diff(organism.base, organism, make_sae("jumprelu"))
+    one = found.summary(4)["positions"]["prompt"]
+    for key, sign, rows in (("top", 1, found.top(4)), ("decreases", -1, found.top(4, decreases=True))):
+        assert [row["latent"] for row in one[key]] == rows["latent"].to_list()
+        assert all(sign * row["delta"] > 0 for row in one[key])
+    alone = diff(organism.base, organism).summary(40)["positions"]["prompt"]  # what did not rise is no increase
+    assert all(row["delta"] > 0 for row in alone["top"])
+    assert all(row["delta"] < 0 for row in alone["decreases"])
+    assert len(alone["top"]) + len(alone["decreases"]) <= 32
 
 
 def test_what_cannot_be_compared_is_an_error(lm, organism, make_tiny):
@@ -264,6 +294,8 @@ def test_prompts_are_read_with_what_opens_an_answer(organism, positions):
     diff = diff_latents(organism.base, organism, basis_sae(), prompts, positions=positions)
     answered = diff_latents(organism.base, organism, basis_sae(), CHATS, positions=positions)
     torch.testing.assert_close(diff.table["mean_tuned"].to_torch(), answered.table["mean_tuned"].to_torch())
+    mixed = diff_latents(organism.base, organism, basis_sae(), prompts[:3] + CHATS[3:], positions=positions)
+    assert_frame_equal(mixed.table, answered.table, abs_tol=1e-5)
 
 
 def test_damaged_facts_and_no_resamples(organism, tmp_path):
