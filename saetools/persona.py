@@ -20,7 +20,7 @@ from saetools.evaluate.certificate import Certification
 from saetools.evaluate.coherence import Judge
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
-from saetools.persona_stages import PersonaConfig, Stages, n_changed, rows_of
+from saetools.persona_stages import PersonaConfig, Stages, n_changed, overlap_of, rows_of
 from saetools.provenance import plain, write_json
 from saetools.rankings import Rankings
 from saetools.readings import ChangeSplit
@@ -68,11 +68,10 @@ def find_persona(
     Returns:
         The result, as in `persona.json`: organisms with scores, adequacy and numbers of changed latents; ranked latents
         with the statistics of every organism; held-out organisms apart; overlap of rankings; share of representation;
-        onsets; certificates; settings and provenance.
+        onsets; certificates, none if no latent rose in all selection organisms; settings and provenance.
 
     Raises:
-        InputError: for fewer than two selection organisms, unknown names, no latent that changed in all of them, or a
-            folder of another run.
+        InputError: for fewer than two selection organisms, unknown names, or a folder of another run.
     """
     import polars as pl
 
@@ -115,9 +114,9 @@ def find_persona(
     trajectories: dict[str, Trajectory] = {}
     for name, folder in traced.items():
         tell("trajectory", name)
-        trajectories[name] = search.trajectory(name, folder, read, chosen)
+        trajectories[name] = search.trajectory(name, folder, read, chosen or None)
     certifications: dict[str, Certification] = {}
-    for name in organisms:
+    for name in organisms if chosen else ():
         tell("certify", name)
         certifications[name] = search.certify(name, chosen, diffs, judge)
     result: dict[str, Any] = plain(
@@ -139,7 +138,7 @@ def find_persona(
             "kinds": dict(consensus.table["kind"].value_counts().iter_rows()),
             "replication": consensus.replication.to_dicts(),
             "held_out": consensus.held_out.filter(pl.col("latent").is_in(chosen)).to_dicts(),
-            "overlap": {name: one.overlap(config.n_overlap).to_dicts() for name, one in rankings.items()},
+            "overlap": {name: overlap_of(one, config.n_overlap) for name, one in rankings.items()},
             "representation": {name: dataclasses.asdict(one.share) for name, one in splits.items()},
             "onsets": {name: rows_of(one.table, chosen) for name, one in trajectories.items()},
             "certifications": {name: one.to_json() for name, one in certifications.items()},

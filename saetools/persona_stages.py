@@ -20,9 +20,9 @@ from saetools.data.shipped import ForcedChoiceItem
 from saetools.diff import DiffConfig, LatentDiff, diff_latents
 from saetools.directions import mean_difference
 from saetools.errors import InputError
-from saetools.evaluate.bench import CertificateConfig
 from saetools.evaluate.causal import certify_latents
 from saetools.evaluate.certificate import Candidate, Certification
+from saetools.evaluate.certificate_config import CertificateConfig
 from saetools.evaluate.coherence import Judge
 from saetools.evaluate.forced_choice import score_forced_choice
 from saetools.generation import SamplingConfig, generate
@@ -239,20 +239,17 @@ class Stages:
         )
 
     def candidates(self, consensus: Consensus) -> list[int]:
-        """The first latents that changed in all selection organisms, upwards."""
+        """The first latents that changed in all selection organisms, upwards; maybe none."""
         import polars as pl
 
-        core = consensus.core().filter(pl.col("delta") > 0)["latent"].head(self._config.n_candidates).to_list()
-        if not core:
-            raise InputError(
-                "organisms", expected="fine-tunes that raise some latent alike", received="none", remedy="pass others"
-            )
-        return core
+        core = consensus.core().filter(pl.col("delta") > 0)
+        chosen: list[int] = core["latent"].head(self._config.n_candidates).to_list()
+        return chosen
 
     def trajectory(
-        self, name: str, folder: str | Path, read: Sequence[Conversation], latents: Sequence[int]
+        self, name: str, folder: str | Path, read: Sequence[Conversation], latents: Sequence[int] | None
     ) -> Trajectory:
-        """When in training the candidates rose."""
+        """When in training some latents rose."""
         return self._kept(
             f"trajectory-{name}",
             Trajectory.load,
@@ -284,6 +281,7 @@ class Stages:
             self._prompts[:: max(1, len(self._prompts) // 24)],
             self._texts,
             rates=rates,
+            changes=torch.from_numpy(diffs[name].at(self._config.role).table["delta"].to_numpy().copy()),
             site=self._site,
             config=self._config.certificate,
             judge=judge,
@@ -299,8 +297,9 @@ class Stages:
         splits: Mapping[str, ChangeSplit],
         trajectories: Mapping[str, Trajectory],
     ) -> list[dict[str, Any]]:
-        """The first latents with everything that was found about each."""
-        rows = consensus.top(self._config.n_listed).to_dicts()
+        """The first latents, the candidates among them, with everything that was found about each."""
+        n_listed = max([self._config.n_listed, *consensus.table["rank"].gather(self.candidates(consensus))])
+        rows = consensus.top(n_listed).to_dicts()
         latents = [row["latent"] for row in rows]
         tables = {
             name: {
@@ -346,6 +345,12 @@ def _halves(items: Sequence[ForcedChoiceItem]) -> tuple[list[ForcedChoiceItem], 
 def n_changed(diff: LatentDiff) -> int:
     """Latents that changed at one role, at a false discovery rate of 5 %."""
     return int((diff.table["q_value"] <= FDR).sum())
+
+
+def overlap_of(rankings: Rankings, n: int) -> list[dict[str, Any]]:
+    """How far rankings agree on their first n latents, or on as many as each puts above 0; none if one puts none."""
+    n = min([n, *(int((rankings.table[name] > 0).sum()) for name in rankings.names)])
+    return rankings.overlap(n).to_dicts() if n else []
 
 
 def rows_of(table: pl.DataFrame, latents: Sequence[int]) -> list[dict[str, Any]]:

@@ -74,6 +74,18 @@ def test_it_ends_with_the_planted_causes(planted, tmp_path):
         search(planted, tmp_path, held_out=())
 
 
+@pytest.mark.filterwarnings("ignore:planted against planted")
+def test_fine_tunes_that_share_nothing_end_without_candidates(planted, tmp_path):
+    organisms = dict.fromkeys("ab", planted.base)
+    given = (planted.base, organisms, planted.sae, planted.prompts[:12], planted.items[:8], ["w0a w1a w2a"], tmp_path)
+    found = find_persona(*given, config=CONFIG)
+    assert found["candidates"] == []
+    assert found["certifications"] == {}
+    assert found["overlap"] == {"a": [], "b": []}
+    assert found["kinds"] == {"none": planted.sae.d_sae}
+    assert len(found["latents"]) == CONFIG.n_listed
+
+
 def test_what_does_not_go_together_is_an_error(planted, tmp_path):
     for settings, message in (
         ({"held_out": ("b", "c")}, "organisms: expected two or more to select latents on.*received a to select on"),

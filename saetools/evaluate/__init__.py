@@ -1,8 +1,8 @@
 """Judging: fidelity of an SAE, behaviour of a model, and behaviour under edits beside random controls."""
 
-from saetools.evaluate.bench import CertificateConfig
 from saetools.evaluate.causal import certify_latents
 from saetools.evaluate.certificate import Candidate, Certificate, Certification, DosedAnswers, Effect
+from saetools.evaluate.certificate_config import CertificateConfig
 from saetools.evaluate.coherence import AnswerCoherence, CoherenceLimits, Judge, measure_coherence
 from saetools.evaluate.dose import Control, DosePoint, DoseResponse, dose_response, edit_norm
 from saetools.evaluate.fidelity import Fidelity, measure_fidelity

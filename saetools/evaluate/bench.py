@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,11 @@ from saetools.data.shipped import ForcedChoiceItem
 from saetools.errors import InputError
 from saetools.evaluate.cells import Cells
 from saetools.evaluate.certificate import AGAINST, Against, Candidate, DosedAnswers, Effect
+from saetools.evaluate.certificate_config import CertificateConfig
 from saetools.evaluate.coherence import AnswerCoherence, CoherenceLimits, Judge, measure_coherence
 from saetools.evaluate.controls import PerplexityCurve, RandomPush, matched_latents, random_directions
 from saetools.evaluate.forced_choice import score_forced_choice
+from saetools.evaluate.judge import EndpointJudge
 from saetools.evaluate.perplexity import measure_perplexity
 from saetools.generation import SamplingConfig, generate
 from saetools.models.editing import Edit
@@ -32,56 +33,17 @@ from saetools.provenance import sha256_of_texts, versions
 from saetools.sae.identity import sae_sha256
 from saetools.sae.model import SAE
 from saetools.significance import sign_flip_p_values
-from saetools.stats import estimate_mean, estimate_ratios
-from saetools.steer import Scope, add_direction, median_norm
+from saetools.stats import Estimate, estimate_mean, estimate_ratios
+from saetools.steer import LatentEdit, Scope, add_direction, median_norm
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, ...] = ("base", "tuned")
+Answers = dict[str, dict[float, list[AnswerCoherence]]]
+"""Signs of coherence of the answers, by candidate (its key) and strength."""
 
 
 class BudgetSpentError(Exception):
     """No further measurement may start."""
-
-
-@dataclass(frozen=True)
-class CertificateConfig:
-    """Settings of a certification."""
-
-    strengths: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
-    """In median residual norms; the base is steered by plus, the tuned model by minus so much."""
-    n_refine: int = 2
-    """Halvings of the gap between the largest coherent strength and the next, which was not."""
-    max_incoherent: float = 0.1
-    """Share of incoherent answers that a strength may cost (arXiv 2506.19823)."""
-    perplexity_factor: float = 2.0
-    """An answer is incoherent if its perplexity under the base is more than so many times that of the least likely of
-    twenty answers of the unedited model,"""
-    max_repetition: float = 0.5
-    """or a larger share of its trigrams repeats (and more than in one of twenty unedited answers),"""
-    min_judged: float = 50.0
-    """or a judge, if there is one, gives it less."""
-    max_new_tokens: int = 32
-    """Length of the answers that are looked at for coherence, drawn at temperature 1."""
-    n_samples: int = 1
-    """Answers to each prompt."""
-    batch_rows: int = 64
-    """Answers generated together."""
-    n_matched: int = 8
-    """Random latents, the nearest in decoder norm and firing rate, dealt to the items in turn."""
-    n_directions: int = 32
-    """Random directions, dealt in turn."""
-    fdr: float = 0.05
-    """False discovery rate at which an effect holds, over all candidates and both models."""
-    min_share: float = 0.05
-    """Least share of the organism's shift, by the lower end of its interval, that an effect has to make up to hold."""
-    round_size: int = 16
-    """Candidates whose answers are generated together."""
-    max_minutes: float | None = None
-    """Start no further measurement after so long; candidates left are `untested`."""
-    max_tokens: int | None = None
-    """Start no further measurement after so many tokens, read or generated."""
-    seed: int = 0
-    """Of answers, random directions and the bootstrap."""
 
 
 class Bench:
@@ -97,6 +59,8 @@ class Bench:
         prompts: Sequence[Conversation | str],
         texts: Sequence[str],
         rates: Float[Tensor, " d_sae"],
+        changes: Float[Tensor, " d_sae"] | None,
+        candidates: Sequence[Candidate],
         config: CertificateConfig,
         judge: Judge | None,
         out: str | Path | None,
@@ -105,7 +69,8 @@ class Bench:
     ) -> None:
         self._models: dict[Side, LanguageModel] = {"base": base, "tuned": tuned}
         self._sae, self._site, self._rates, self._config, self._judge = sae, site, rates.cpu().float(), config, judge
-        self._items, self._prompts, self._texts = items, prompts, texts
+        self._items, self._prompts, self._texts, self._changes = items, prompts, texts, changes
+        self._candidates = sorted({latent for one in candidates for latent in one.latents})
         self._unit = median_norm(sae)
         self._random = random_directions(config.n_directions, base.d_model, seed=config.seed)
         self._replays = {side: LayerReplay(lm, site) for side, lm in self._models.items()}
@@ -120,7 +85,7 @@ class Bench:
             "prompts_sha256": sha256_of_texts(questions),
             "texts_sha256": sha256_of_texts(texts),
             "rates_sha256": sha256_of_texts([self._rates.numpy().tobytes().hex()]),
-            "judged": judge is not None,
+            "judge": _described(judge),
             "versions": versions(),
         }
         budget = ("max_minutes", "max_tokens")
@@ -135,56 +100,94 @@ class Bench:
         self._curves: dict[Side, PerplexityCurve] = {}
         self._limits: dict[Side, CoherenceLimits] = {}
 
-    def expect(self, n_candidates: int) -> None:
-        """Say how many candidates there will be."""
-        per_model = 2 * (len(self._config.strengths) + self._config.n_refine) + len(AGAINST)
-        self._total = n_candidates * len(SIDES) * per_model
+        per_model = 2 * (len(config.strengths) + config.n_refine) + len(AGAINST) + (changes is not None)
+        self._total = len(candidates) * len(SIDES) * per_model
 
-    def gaps(self, side: Side, name: str, edit: Edit | None) -> Float[Tensor, " item"]:
-        """Forced-choice gaps of a model under an edit."""
-        name = f"{side}/gaps/{name}"
-        if name not in self._cells[side]:
-            self._check_budget()
-            edits = None if edit is None else {self._site: edit}
-            score = score_forced_choice(self._models[side], self._items, edits=edits, replay=self._replays[side])
-            self._n_tokens += score.n_tokens
-            self._cells[side].add({name: score.gaps.tolist()})
-        return torch.tensor(self._cells[side][name])
+    def unedited(self) -> dict[Side, Float[Tensor, " item"]]:
+        """Forced-choice gaps of both models as they are, whatever the budget."""
+        for side in SIDES:
+            name = f"{side}/answers/unedited"
+            if name not in self._cells[side]:
+                self._cells[side].add({name: self._coherence(side, {name: None})[name]})
+        return {side: self._gaps(side, "unedited", None) for side in SIDES}
 
-    def effects(self, side: Side, candidates: Sequence[Candidate]) -> dict[str, Effect]:
-        """What steering along each of some candidates does to one model."""
-        answers = self._search(side, candidates)
-        return {one.name: self._effect(side, one, answers[one.name]) for one in candidates}
+    def search(self, side: Side, candidates: Sequence[Candidate]) -> Answers:
+        """Answers of all candidates at all strengths, and at those between the last coherent and the next.
 
-    def _effect(self, side: Side, candidate: Candidate, answers: Mapping[float, Sequence[AnswerCoherence]]) -> Effect:
-        plain = self.gaps(side, "unedited", None)
+        Raises:
+            BudgetSpentError: if no more may be generated.
+        """
+        found: Answers = {one.key: {} for one in candidates}
+        wanted = {one: list(self._config.strengths) for one in candidates}
+        for _ in range(self._config.n_refine + 1):
+            self._answer(side, wanted, found)
+            left = len(candidates) - len(wanted)
+            self._tick(sum(map(len, wanted.values())) + left)
+            wanted = {}
+            for one in candidates:
+                low = self._coherent(side, found[one.key])
+                above = [strength for strength in found[one.key] if strength > low]
+                if above:
+                    wanted[one] = [round((low + min(above)) / 2, 4)]
+        return found
+
+    def effect(self, side: Side, candidate: Candidate, answers: Mapping[float, Sequence[AnswerCoherence]]) -> Effect:
+        """What steering one model along a candidate does.
+
+        Args:
+            side: the model.
+            candidate: what is steered.
+            answers: its own, of `search`, by strength.
+
+        Raises:
+            BudgetSpentError: if no more may be measured.
+        """
+        plain, seed = self._gaps(side, "unedited", None), self._config.seed
         shifts = {}
         for strength in sorted(answers):
-            edited = self.gaps(side, f"{candidate.name}/{strength}", self._edit(side, candidate, strength))
+            edited = self._checked_gaps(side, f"{candidate.key}/{strength}", self._edit(side, candidate, strength))
             shifts[strength] = edited - plain
             self._tick(1)
         self._tick(len(self._config.strengths) + self._config.n_refine - len(shifts))
         doses = tuple(self._dose(side, strength, shifts[strength], answers[strength]) for strength in sorted(answers))
-        strength = self._coherent(side, answers)
+        strength, carried = self._coherent(side, answers), self._carried(side, candidate, plain)
         if not strength:
             self._tick(len(AGAINST))
-            return Effect(0.0, doses, None, {}, None, None, 1.0, math.nan, holds=False)
-        shift, seed = shifts[strength], self._config.seed
+            return Effect(0.0, doses, None, {}, None, None, carried, 1.0, math.nan, holds=False)
+        shift = shifts[strength]
         perplexity, controls = self._controls(side, candidate, strength)
         against = {name: shift + plain - gaps for name, gaps in controls.items()}
         sign = 1 if side == "base" else -1
-        organism = self.gaps("tuned", "unedited", None) - self.gaps("base", "unedited", None)
         return Effect(
             strength,
             doses,
             estimate_mean(shift, seed=seed),
             {name: estimate_mean(values, seed=seed) for name, values in against.items()},
             perplexity,
-            estimate_ratios(sign * shift[:, None], organism[:, None], seed=seed)[0],
+            self._share(side, shift),
+            carried,
             max(_one_sided(sign * values) for values in (shift, *against.values())),
             math.nan,
             holds=False,
         )
+
+    def _share(self, side: Side, shift: Float[Tensor, " item"]) -> Estimate:
+        """A shift over the organism's own; the tuned model's downwards."""
+        organism = self._gaps("tuned", "unedited", None) - self._gaps("base", "unedited", None)
+        towards = shift if side == "base" else -shift
+        return estimate_ratios(towards[:, None], organism[:, None], seed=self._config.seed)[0]
+
+    def _carried(self, side: Side, candidate: Candidate, plain: Float[Tensor, " item"]) -> Estimate | None:
+        """The share of the organism's shift that the mean change of the latents makes."""
+        if self._changes is None:
+            return None
+        latents = torch.tensor(candidate.latents)
+        changes = self._changes[latents] * (1 if side == "base" else -1)
+        moved = LatentEdit(self._sae, latents, lambda f: f + changes.to(f), Scope(), "move by the mean change")
+        name = f"{candidate.key}/moved by {changes.tolist()}"
+        shift = self._checked_gaps(side, name, moved) - plain
+        self._tick(1)
+        return self._share(side, shift)
 
     def _dose(self, side: Side, strength: float, shift: Tensor, answers: Sequence[AnswerCoherence]) -> DosedAnswers:
         judged = [one.judged for one in answers if one.judged is not None]
@@ -197,26 +200,53 @@ class Bench:
             sum(one.repetition for one in answers) / len(answers),
             sum(judged) / len(judged) if judged else None,
             len(answers),
+            len(judged),
         )
 
     def _controls(self, side: Side, candidate: Candidate, strength: float) -> tuple[float, dict[Against, Tensor]]:
         """Perplexity under the edit, and the gaps under each control of it."""
         norm, scope = strength * self._unit, Scope()
-        others = matched_latents(self._sae, candidate.latents, self._rates, self._config.n_matched)
+        config = self._config
+        others = matched_latents(
+            self._sae, candidate.latents, self._rates, config.n_matched, excluded=self._candidates, seed=config.seed
+        )
         rows = torch.nn.functional.normalize(self._sae.directions()[others].float().cpu().sum(1), dim=1)
-        name = f"{candidate.name}/{strength}"
+        name = f"{candidate.key}/{strength}"
         perplexity = self._perplexity(side, name, self._edit(side, candidate, strength))
         scale = self._scale_for(side, name, perplexity, norm)
+        matched = sha256_of_texts([str(others.tolist())])[:16]
         found: dict[Against, Tensor] = {}
         pushes: dict[Against, tuple[RandomPush, str]] = {
             "equal_norm": (RandomPush(self._random, norm, scope), f"random/{norm!r}"),
-            "matched_latents": (RandomPush(rows, norm, scope), f"{name}/matched"),
+            "matched_latents": (
+                RandomPush(rows, self._towards(side, candidate) * norm, scope),
+                f"{name}/matched/{matched}",
+            ),
             "equal_perplexity": (RandomPush(self._random, scale, scope), f"random/{scale!r}"),
         }
         for control, (push, key) in pushes.items():
-            found[control] = self.gaps(side, key, push)
+            found[control] = self._checked_gaps(side, key, push)
             self._tick(1)
         return perplexity, found
+
+    def _gaps(self, side: Side, name: str, edit: Edit | None) -> Float[Tensor, " item"]:
+        """Forced-choice gaps of a model under an edit."""
+        name = f"{side}/gaps/{name}"
+        if name not in self._cells[side]:
+            edits = None if edit is None else {self._site: edit}
+            n_rows = self._config.n_directions  # so that controls by row of the batch use each of them alike
+            score = score_forced_choice(
+                self._models[side], self._items, edits=edits, batch_rows=n_rows, replay=self._replays[side]
+            )
+            self._n_tokens += score.n_tokens
+            self._cells[side].add({name: score.gaps.tolist()})
+        return torch.tensor(self._cells[side][name])
+
+    def _checked_gaps(self, side: Side, name: str, edit: Edit) -> Float[Tensor, " item"]:
+        """The same, if the budget allows it."""
+        if f"{side}/gaps/{name}" not in self._cells[side]:
+            self._check_budget()
+        return self._gaps(side, name, edit)
 
     def _perplexity(self, side: Side, name: str, edit: Edit | None) -> float:
         name = f"{side}/perplexity/{name}"
@@ -242,42 +272,33 @@ class Bench:
         value: float = self._cells[side][name]
         return value
 
-    def _search(self, side: Side, candidates: Sequence[Candidate]) -> dict[str, dict[float, list[AnswerCoherence]]]:
-        """Answers of all candidates at all strengths, and at those between the last coherent and the next."""
-        found: dict[str, dict[float, list[AnswerCoherence]]] = {one.name: {} for one in candidates}
-        wanted = {one: list(self._config.strengths) for one in candidates}
-        for attempt in range(self._config.n_refine + 1):
-            self._answer(side, wanted, found)
-            self._tick(len(candidates) * (len(self._config.strengths) if attempt == 0 else 1))
-            wanted = {}
-            for one in candidates:
-                low = self._coherent(side, found[one.name])
-                above = [strength for strength in found[one.name] if strength > low]
-                if above:
-                    wanted[one] = [round((low + min(above)) / 2, 4)]
-        return found
-
     def _answer(
         self,
         side: Side,
         wanted: Mapping[Candidate, Sequence[float]],
-        found: dict[str, dict[float, list[AnswerCoherence]]],
+        found: Answers,
     ) -> None:
         """Generate answers that are not there yet, in one batch, and look at their coherence."""
-        keys = {f"{side}/answers/{one.name}/{strength}": (one, strength) for one in wanted for strength in wanted[one]}
+        keys = {f"{side}/answers/{one.key}/{strength}": (one, strength) for one in wanted for strength in wanted[one]}
         edits = {name: {self._site: self._edit(side, *keys[name])} for name in keys if name not in self._cells[side]}
         if edits:
+            self._check_budget()
             self._cells[side].add(self._coherence(side, edits))
         for name, (one, strength) in keys.items():
-            found[one.name][strength] = [AnswerCoherence(*values) for values in self._cells[side][name]]
+            found[one.key][strength] = [AnswerCoherence(*values) for values in self._cells[side][name]]
 
     def _coherence(self, side: Side, variants: Mapping[str, Any]) -> dict[str, list[tuple[Any, ...]]]:
-        self._check_budget()
         config = self._config
         sampling = SamplingConfig(
             config.max_new_tokens, n_samples=config.n_samples, seed=config.seed, batch_rows=config.batch_rows
         )
-        answers = generate(self._models[side], self._prompts, variants=variants, config=sampling)
+        answers = generate(
+            self._models[side],
+            self._prompts,
+            variants=variants,
+            config=sampling,
+            on_progress=lambda done, total: self._tell(self._done + len(variants) * done // (total + 1)),
+        )
         signs = measure_coherence(self._models["base"], self._prompts, answers, judge=self._judge)
         self._n_tokens += 2 * sum(len(one.token_ids) for one in answers)
         rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in variants}
@@ -287,19 +308,18 @@ class Bench:
 
     def _coherent(self, side: Side, answers: Mapping[float, Sequence[AnswerCoherence]]) -> float:
         """The largest strength up to which all were coherent enough; 0 if not even the first was."""
+        own = [AnswerCoherence(*values) for values in self._cells[side][f"{side}/answers/unedited"]]
+        most = max(self._config.max_incoherent, self._incoherent(side, own))
         largest = 0.0
         for strength in sorted(answers):
-            if self._incoherent(side, answers[strength]) > self._config.max_incoherent:
+            if self._incoherent(side, answers[strength]) > most:
                 break
             largest = strength
         return largest
 
     def _incoherent(self, side: Side, answers: Sequence[AnswerCoherence]) -> float:
         if side not in self._limits:
-            name = f"{side}/answers/unedited"
-            if name not in self._cells[side]:
-                self._cells[side].add({name: self._coherence(side, {name: None})[name]})
-            own = [AnswerCoherence(*values) for values in self._cells[side][name]]
+            own = [AnswerCoherence(*values) for values in self._cells[side][f"{side}/answers/unedited"]]
             surprise = torch.tensor([one.surprise for one in own if one.surprise is not None])
             repeated = torch.tensor([one.repetition for one in own])
             if not len(surprise):
@@ -315,8 +335,12 @@ class Bench:
 
     def _edit(self, side: Side, candidate: Candidate, strength: float) -> Edit:
         rows = self._sae.directions()[list(candidate.latents)].float().sum(0)
-        sign = candidate.sign if side == "base" else -candidate.sign
-        return add_direction(torch.nn.functional.normalize(rows, dim=0).cpu(), sign * strength * self._unit)
+        step = self._towards(side, candidate) * strength * self._unit
+        return add_direction(torch.nn.functional.normalize(rows, dim=0).cpu(), step)
+
+    def _towards(self, side: Side, candidate: Candidate) -> int:
+        """The sign that gives the base what the fine-tune did, or takes it from the tuned model."""
+        return candidate.sign if side == "base" else -candidate.sign
 
     def _check_budget(self) -> None:
         minutes, tokens = self._config.max_minutes, self._config.max_tokens
@@ -327,12 +351,22 @@ class Bench:
 
     def _tick(self, n: int) -> None:
         self._done += n
+        self._tell(self._done)
+
+    def _tell(self, done: int) -> None:
         if self._on_progress is not None:
-            self._on_progress(self._done, self._total)
+            self._on_progress(done, self._total)
 
 
 def _file(folder: str | Path | None, side: Side) -> Path | None:
     return None if folder is None else Path(folder) / f"{side}.jsonl"
+
+
+def _described(judge: Judge | None) -> Any:
+    """Who judges, as results name it."""
+    if judge is None:
+        return None
+    return judge.describe() if isinstance(judge, EndpointJudge) else getattr(judge, "__qualname__", repr(judge))
 
 
 def _one_sided(values: Float[Tensor, " item"]) -> float:

@@ -10,8 +10,9 @@ ones, or about behaviour that the items do not ask for.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 from saetools.data.conversation import Conversation
 from saetools.data.shipped import ForcedChoiceItem
 from saetools.errors import InputError, SaetoolsWarning
-from saetools.evaluate.bench import SIDES, Bench, BudgetSpentError, CertificateConfig, Side
+from saetools.evaluate.bench import SIDES, Bench, BudgetSpentError, Side
 from saetools.evaluate.certificate import Candidate, Certificate, Certification, Effect, verdict_of
+from saetools.evaluate.certificate_config import CertificateConfig
 from saetools.evaluate.coherence import Judge
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair
@@ -33,6 +35,7 @@ from saetools.significance import false_discovery_rates
 from saetools.stats import estimate_mean
 
 _RESULT = "certification.json"
+_LEAST_JUDGED = 0.9  # share of answers, where a judge is asked
 
 
 def certify_latents(
@@ -45,6 +48,7 @@ def certify_latents(
     texts: Sequence[str],
     *,
     rates: Float[Tensor, " d_sae"],
+    changes: Float[Tensor, " d_sae"] | None = None,
     site: Site | None = None,
     config: CertificateConfig = CertificateConfig(),
     judge: Judge | None = None,
@@ -58,7 +62,8 @@ def certify_latents(
     batched generation. The largest strength with coherent answers is searched; there, the score has to beat the
     unedited model, random directions of equal norm, random latents, and random directions of equal perplexity. An
     effect holds if the largest of the four one-sided sign-flip p-values over items passes Benjamini and Hochberg's rule
-    over all candidates and both models, and if it makes up a share of the organism's shift that counts. The strength is
+    over all candidates and both models, and if it makes up a share of the organism's shift that counts (where the
+    organism has one). The strength is
     chosen by coherence alone, which favours no verdict.
 
     Args:
@@ -70,7 +75,9 @@ def certify_latents(
         prompts: what is answered to see coherence; at least ten tell shares of 10 %.
         texts: neutral texts, for perplexity under edits.
         rates: firing rate of every latent, by which controls are matched, such as the mean of a diff's `rate_base` and
-            `rate_tuned`.
+            `rate_tuned` (`LatentDiff.rates`).
+        changes: mean change of every latent from base to organism, such as the `delta` of a diff at `response`, where
+            the items are scored, for the share of the organism's shift that this change itself carries.
         site: where the SAE reads; by default what its metadata says.
         config: settings.
         judge: scores coherence of answers, for instance through an endpoint.
@@ -94,29 +101,34 @@ def certify_latents(
         ['both', 'neither']
     """
     site = site or sae_site(sae)
-    chosen = _checked(base, tuned, sae, candidates, items, prompts, rates, config)
-    bench = Bench(base, tuned, sae, site, items, prompts, texts, rates, config, judge, out, shared, on_progress)
-    bench.expect(len(chosen))
+    chosen = _checked(base, tuned, sae, candidates, items, prompts, texts, rates, changes)
+    given = (base, tuned, sae, site, items, prompts, texts, rates, changes, chosen, config)
+    bench = Bench(*given, judge, out, shared, on_progress)
+    gaps = bench.unedited()
     measured: dict[str, dict[Side, Effect]] = {}
+    said: list[str] = []
     try:
         for start in range(0, len(chosen), config.round_size):
             some = chosen[start : start + config.round_size]
-            by_side = {side: bench.effects(side, some) for side in SIDES}
+            answers = {side: bench.search(side, some) for side in SIDES}
             for one in some:
-                measured[one.name] = {side: by_side[side][one.name] for side in SIDES}
+                measured[one.name] = {side: bench.effect(side, one, answers[side][one.key]) for side in SIDES}
     except BudgetSpentError:
-        left = len(chosen) - len(measured)
-        warnings.warn(f"the budget is spent: {left} of {len(chosen)} candidates are untested", SaetoolsWarning, 2)
-    base_gaps, tuned_gaps = (bench.gaps(side, "unedited", None) for side in SIDES)
-    shift = estimate_mean(tuned_gaps - base_gaps, seed=config.seed)
-    if shift.low <= 0:
-        text = f"the organism does not score above its base on these items ({shift}): shares of its shift mean nothing"
+        said.append(f"the budget is spent: {len(chosen) - len(measured)} of {len(chosen)} candidates are untested")
+    shift = estimate_mean(gaps["tuned"] - gaps["base"], seed=config.seed)
+    shifted = shift.low > 0
+    if not shifted:
+        said.append(f"the organism does not score above its base on these items ({shift}): shares mean nothing")
+    if judge is not None:
+        said += _unjudged(measured.values())
+    for text in said:
         warnings.warn(text, SaetoolsWarning, 2)
     found = Certification(
-        certificates=tuple(_with_rates(chosen, measured, config)),
-        base=estimate_mean(base_gaps, seed=config.seed),
-        tuned=estimate_mean(tuned_gaps, seed=config.seed),
+        certificates=tuple(_with_rates(chosen, measured, config, shifted=shifted)),
+        base=estimate_mean(gaps["base"], seed=config.seed),
+        tuned=estimate_mean(gaps["tuned"], seed=config.seed),
         shift=shift,
+        warnings=tuple(said),
         settings=bench.settings,
         provenance=bench.provenance,
     )
@@ -125,11 +137,24 @@ def certify_latents(
     return found
 
 
+def _unjudged(measured: Iterable[Mapping[Side, Effect]]) -> list[str]:
+    """A warning where the judge left many answers without a score."""
+    doses = [dose for effects in measured for effect in effects.values() for dose in effect.doses]
+    n, n_judged = sum(dose.n_answers for dose in doses), sum(dose.n_judged for dose in doses)
+    if n_judged >= _LEAST_JUDGED * n:
+        return []
+    return [f"the judge gave {n_judged} of {n} answers a score: coherence of the others was measured without it"]
+
+
 def _with_rates(
-    candidates: Sequence[Candidate], measured: Mapping[str, Mapping[Side, Effect]], config: CertificateConfig
+    candidates: Sequence[Candidate],
+    measured: Mapping[str, Mapping[Side, Effect]],
+    config: CertificateConfig,
+    *,
+    shifted: bool,
 ) -> list[Certificate]:
-    """Certificates with false discovery rates over all effects that were measured."""
-    keys = [(one.name, side) for one in candidates if one.name in measured for side in SIDES]
+    """Certificates with false discovery rates over all effects of a coherent strength."""
+    keys = [(one, side) for one in measured for side in SIDES if measured[one][side].strength]
     p_values = torch.tensor([measured[name][side].p_value for name, side in keys], dtype=torch.double)
     q_values = dict(zip(keys, false_discovery_rates(p_values).tolist(), strict=True))
     certificates = []
@@ -139,8 +164,8 @@ def _with_rates(
             continue
         effects = []
         for side in SIDES:
-            effect, q_value = measured[one.name][side], q_values[one.name, side]
-            matters = effect.share is not None and effect.share.low >= config.min_share
+            effect, q_value = measured[one.name][side], q_values.get((one.name, side), math.nan)
+            matters = effect.share is not None and (not shifted or effect.share.low >= config.min_share)
             effects.append(dataclasses.replace(effect, q_value=q_value, holds=q_value <= config.fdr and matters))
         induces, suppresses = effects
         certificates.append(Certificate(one, induces, suppresses, verdict_of(induces, suppresses)))
@@ -154,8 +179,9 @@ def _checked(
     candidates: Sequence[Candidate | int],
     items: Sequence[ForcedChoiceItem],
     prompts: Sequence[Conversation | str],
-    rates: Float[Tensor, " d_sae"],
-    config: CertificateConfig,
+    texts: Sequence[str],
+    rates: Tensor,
+    changes: Tensor | None,
 ) -> list[Candidate]:
     """The candidates with names, once everything fits."""
     check_pair(base, tuned, ())
@@ -169,16 +195,14 @@ def _checked(
             received=bad or names,
             remedy="choose latents of this SAE",
         )
+    width = f"one for each of {sae.d_sae} latents"
     for name, received, enough, expected in (
         ("items", len(items), len(items) >= 2, "two or more"),
         ("prompts", len(prompts), len(prompts) >= 1, "one or more"),
-        ("rates", len(rates), len(rates) == sae.d_sae, f"one for each of {sae.d_sae} latents"),
+        ("texts", len(texts), len(texts) >= 1, "one or more"),
+        ("rates", len(rates), len(rates) == sae.d_sae, width),
+        ("changes", 0 if changes is None else len(changes), changes is None or len(changes) == sae.d_sae, width),
     ):
         if not enough:
             raise InputError(name, expected=expected, received=received, remedy="pass others")
-    strengths = config.strengths
-    if not strengths or min(strengths) <= 0 or list(strengths) != sorted(set(strengths)):
-        raise InputError(
-            "strengths", expected="ascending, above 0", received=strengths, remedy="signs are given by the model"
-        )
     return chosen

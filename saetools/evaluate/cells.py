@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saetools.errors import InputError
+from saetools.errors import InputError, IntegrityError
 from saetools.provenance import differing
 
 
@@ -20,6 +20,7 @@ class Cells:
 
     Raises:
         InputError: if the file belongs to another run.
+        IntegrityError: if it is damaged, other than by a last line that was not finished.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
@@ -54,7 +55,11 @@ class Cells:
         if not whole:
             path.unlink()
             return
-        identity = json.loads(whole[0]).get("identity")
+        try:
+            identity, *values = (json.loads(line) for line in whole)
+        except ValueError as error:
+            raise IntegrityError(f"{path} is damaged ({error}); delete it and measure again") from error
+        identity = identity.get("identity")
         if identity != self._identity:
             changed = differing(self._identity, identity if isinstance(identity, dict) else {})
             raise InputError(
@@ -63,5 +68,5 @@ class Cells:
                 received="those of a run with another " + ", ".join(changed),
                 remedy="choose another folder, or delete the file",
             )
-        for line in whole[1:]:
-            self._values |= json.loads(line)
+        for some in values:
+            self._values |= some

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     import polars as pl
 
-Verdict = Literal["both", "induces", "suppresses", "neither", "untested"]
+Verdict = Literal["both", "induces", "suppresses", "neither", "incoherent", "untested"]
 Against = Literal["equal_norm", "matched_latents", "equal_perplexity"]
 AGAINST: tuple[Against, ...] = get_args(Against)
 
@@ -50,6 +50,11 @@ class Candidate:
                 remedy="name at least one latent",
             )
 
+    @property
+    def key(self) -> str:
+        """What is steered, whatever it is called: `+(3,17)`."""
+        return ("+" if self.sign > 0 else "-") + f"({','.join(map(str, sorted(self.latents)))})"
+
 
 @dataclass(frozen=True)
 class DosedAnswers:
@@ -63,6 +68,7 @@ class DosedAnswers:
         repetition: mean share of repeated trigrams.
         judged: mean score of the judge, if there is one.
         n_answers: answers looked at.
+        n_judged: of them, those that the judge gave a readable score.
     """
 
     strength: float
@@ -72,6 +78,7 @@ class DosedAnswers:
     repetition: float
     judged: float | None
     n_answers: int
+    n_judged: int
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,15 @@ class Effect:
         doses: all strengths, ascending.
         shift: change of the score at that strength; `None` at strength 0.
         against: score minus that of each control: random directions of equal norm, random latents matched in decoder
-            norm and firing rate, random directions of equal perplexity.
+            norm and firing rate (pushed the same way), random directions of equal perplexity.
         perplexity: of the steered model on the reference texts.
-        share: of the organism's shift: what the base gained of it (sufficient), or the tuned model lost (necessary).
+        share: the shift over the organism's own: how much of it steering can give the base, or take from the tuned
+            model. It may exceed 1, and speaks of the direction, not of what the fine-tune did along it.
+        carried: of the organism's shift, what the fine-tune's own mean change of these latents carries: what the base
+            gains when it is added on every token (sufficient), or the tuned model loses when it is taken back
+            (necessary); `None` if the changes were not given.
         p_value: one-sided, that it does not go beyond the unedited model or one of the controls (the largest of four).
-        q_value: the false discovery rate over all candidates, of both models.
+        q_value: the false discovery rate over all candidates, of both models; NaN at strength 0.
         holds: whether it does, at the false discovery rate of the settings, and makes up the least share that counts.
     """
 
@@ -97,6 +108,7 @@ class Effect:
     against: Mapping[Against, Estimate]
     perplexity: float | None
     share: Estimate | None
+    carried: Estimate | None
     p_value: float
     q_value: float
     holds: bool
@@ -110,7 +122,8 @@ class Certificate:
         candidate: what was steered.
         induces: of the base.
         suppresses: of the tuned model.
-        verdict: `both`, `induces`, `suppresses`, `neither`; `untested` if the budget ended before.
+        verdict: `both`, `induces`, `suppresses`, `neither`; `incoherent` if no strength left the answers of either
+            model coherent; `untested` if the budget ended before.
     """
 
     candidate: Candidate
@@ -128,6 +141,7 @@ class Certification:
         base: score of the base.
         tuned: score of the tuned model.
         shift: tuned minus base, paired over items.
+        warnings: what stands in the way of reading it, if anything.
         settings: how it was measured.
         provenance: models, SAE, data, versions.
     """
@@ -136,11 +150,12 @@ class Certification:
     base: Estimate
     tuned: Estimate
     shift: Estimate
+    warnings: tuple[str, ...]
     settings: Mapping[str, Any]
     provenance: Mapping[str, Any]
 
     def table(self) -> pl.DataFrame:
-        """One row a candidate: verdict, and for both models strength, shift, share with intervals, and q."""
+        """One row a candidate: verdict, and for both models strength, shift and shares with intervals, and q."""
         import polars as pl
 
         rows = []
@@ -153,11 +168,11 @@ class Certification:
             }
             for name, effect in (("induces", one.induces), ("suppresses", one.suppresses)):
                 row[f"{name}_strength"] = None if effect is None else effect.strength
-                for field in ("shift", "share"):
+                for field in ("shift", "share", "carried"):
                     value = None if effect is None else getattr(effect, field)
                     for end in ("mean", "low", "high"):
                         row[f"{name}_{field}" + ("" if end == "mean" else f"_{end}")] = _number(value, end)
-                row[f"{name}_q"] = None if effect is None else effect.q_value
+                row[f"{name}_q"] = None if effect is None or math.isnan(effect.q_value) else effect.q_value
             rows.append(row)
         return pl.DataFrame(rows, infer_schema_length=None)
 
@@ -234,14 +249,17 @@ class Certification:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             certificates = tuple(_certificate(one) for one in value["certificates"])
-            scores = {name: Estimate.from_json(value[name]) for name in ("base", "tuned", "shift")}
-            return cls(certificates, settings=value["settings"], provenance=value["provenance"], **scores)
+            base, tuned, shift = (Estimate.from_json(value[name]) for name in ("base", "tuned", "shift"))
+            said, settings, provenance = tuple(value["warnings"]), value["settings"], value["provenance"]
+            return cls(certificates, base, tuned, shift, said, settings, provenance)
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path} is damaged ({error!r}); certify again") from error
 
 
 def verdict_of(induces: Effect, suppresses: Effect) -> Verdict:
     """What two effects say together."""
+    if not induces.strength and not suppresses.strength:
+        return "incoherent"
     if induces.holds and suppresses.holds:
         return "both"
     return "induces" if induces.holds else "suppresses" if suppresses.holds else "neither"
@@ -261,6 +279,9 @@ def _certificate(value: dict[str, Any]) -> Certificate:
 
 def _effect(value: dict[str, Any]) -> Effect:
     doses = tuple(DosedAnswers(**{**dose, "shift": Estimate.from_json(dose["shift"])}) for dose in value["doses"])
-    estimates = {name: None if value[name] is None else Estimate.from_json(value[name]) for name in ("shift", "share")}
+    estimates = {
+        name: None if value[name] is None else Estimate.from_json(value[name]) for name in ("shift", "share", "carried")
+    }
     against = {name: Estimate.from_json(one) for name, one in value["against"].items()}
-    return Effect(**{**value, "doses": doses, "against": against, **estimates})
+    q_value = math.nan if value["q_value"] is None else value["q_value"]
+    return Effect(**{**value, "doses": doses, "against": against, "q_value": q_value, **estimates})

@@ -25,6 +25,7 @@ from saetools.steer import Scope
 _GRID = 1.6  # ratio of neighbouring scales when looking for one of equal perplexity
 _TOLERANCE = 0.02  # of log-perplexity
 _TRIES = 12
+_POOL = 4  # latents to draw from, for each that is wanted
 _MOST_STEPS = round(math.log(64, _GRID))
 
 
@@ -38,9 +39,11 @@ def random_directions(n: int, d_model: int, *, seed: int) -> Float[Tensor, "dire
 class RandomPush:
     """Adds a random direction to the residual stream, the same on all tokens of a row, another for the next row.
 
+    Batches of as many rows as there are directions use all of them alike.
+
     Args:
         directions: unit vectors; row r of a batch gets number r modulo their number.
-        length: of what is added.
+        length: of what is added; negative to subtract.
         scope: tokens it is added to.
     """
 
@@ -125,39 +128,53 @@ class PerplexityCurve:
 
 
 def matched_latents(
-    sae: SAE, latents: Sequence[int], rates: Float[Tensor, " d_sae"], n: int, *, excluded: Sequence[int] = ()
+    sae: SAE,
+    latents: Sequence[int],
+    rates: Float[Tensor, " d_sae"],
+    n: int,
+    *,
+    excluded: Sequence[int] = (),
+    seed: int = 0,
 ) -> Int[Tensor, "control latent"]:
-    """For each of some latents the n others that are nearest to it in decoder norm and firing rate, best first.
+    """Random sets of latents, each latent drawn from those nearest to a given one in decoder norm and firing rate.
 
-    Distance is that of the logarithms. No latent serves two of the given ones in the same control.
+    Distance is that of the logarithms; the draw is from the nearest four times as many as are wanted. Within a set no
+    latent serves twice.
 
     Args:
         sae: the SAE.
         latents: what is to be matched.
         rates: firing rate of every latent.
-        n: controls.
+        n: sets.
         excluded: latents that may not serve.
+        seed: of the draw.
 
     Raises:
         InputError: if there are not enough others.
     """
     free = torch.ones(sae.d_sae, dtype=torch.bool)
     free[list({*latents, *excluded})] = False
-    if int(free.sum()) < n * len(latents):
+    n_free = int(free.sum())
+    if n_free < max(n, len(latents)):
         raise InputError(
-            "n_matched",
-            expected=f"at most {int(free.sum()) // len(latents)} with so few other latents",
-            received=n,
-            remedy="lower it",
+            "n_matched", expected=f"at most {n_free}, the latents that are no candidates", received=n, remedy="lower it"
         )
     floor = 1e-6
     features = torch.stack(
         [rates.clamp_min(floor).log(), sae.W_dec.detach().float().norm(dim=1).cpu().clamp_min(floor).log()], 1
     )
-    columns = []
+    generator = torch.Generator().manual_seed(seed)
+    size = min(n_free, _POOL * max(n, len(latents)))
+    pools = []
     for latent in latents:
         distance = (features - features[latent]).norm(dim=1).masked_fill(~free, math.inf)
-        nearest = distance.topk(n, largest=False).indices
-        free[nearest] = False
-        columns.append(nearest)
-    return torch.stack(columns, 1)
+        pool = distance.topk(size, largest=False).indices
+        pools.append(pool[torch.randperm(size, generator=generator)].tolist())
+    drawn: list[list[int]] = []
+    for number in range(n):
+        chosen: list[int] = []
+        for pool in pools:
+            in_turn = (pool[(number + further) % size] for further in range(size))
+            chosen.append(next(latent for latent in in_turn if latent not in chosen))
+        drawn.append(chosen)
+    return torch.tensor(drawn)

@@ -26,7 +26,7 @@ from saetools.stats import Estimate
 from saetools.steer import Scope
 
 Control = Literal["none", "equal_norm", "equal_perplexity"]
-_N_DIRECTIONS = 32  # random directions, dealt to the rows of each batch in turn
+_N_DIRECTIONS = 32  # random directions, dealt to the rows of each batch, of as many, in turn
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def dose_response(
     total, done = 3 * len(doses), 0
     random = random_directions(_N_DIRECTIONS, lm.d_model, seed=seed)
     replay = LayerReplay(lm, site)
-    unedited = unedited or score_forced_choice(lm, items, replay=replay)
+    unedited = unedited or score_forced_choice(lm, items, batch_rows=_N_DIRECTIONS, replay=replay)
     plain = measure_perplexity(lm, texts, replay=replay).value
     curves: dict[Scope, PerplexityCurve] = {}
     points: list[DosePoint] = []
@@ -109,13 +109,13 @@ def dose_response(
         perplexity, norm = _perplexity_and_norm(lm, site, fn, texts, replay)
         scope = _scope(fn)
         curve = curves.setdefault(scope, PerplexityCurve(lm, site, random, scope, texts, {0.0: plain}, replay))
-        own = score_forced_choice(lm, items, edits={site: fn}, replay=replay)
+        own = score_forced_choice(lm, items, edits={site: fn}, batch_rows=_N_DIRECTIONS, replay=replay)
         points.append(_point(strength, "none", own, unedited, perplexity, norm, None))
         done += 1
         scales: dict[Control, float] = {"equal_norm": norm, "equal_perplexity": curve.scale_for(perplexity, start=norm)}
         for control, scale in scales.items():
             step = {site: curve.step(scale)}
-            score = score_forced_choice(lm, items, edits=step, replay=replay)
+            score = score_forced_choice(lm, items, edits=step, batch_rows=_N_DIRECTIONS, replay=replay)
             points.append(_point(strength, control, score, unedited, curve.at(scale), scale, own.minus(score)))
             done += 1
             if on_progress is not None:

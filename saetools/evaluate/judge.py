@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 from saetools.data.conversation import Message
 from saetools.endpoint import AnswerError, ChatSession, Endpoint
-from saetools.evaluate.coherence import Judge
+from saetools.provenance import sha256_of_texts
 
 _PROMPT = """Below are a question and an answer that a small language model gave to it. Judge only how coherent the \
 answer is: whether it is language, in sentences that hang together, and speaks to the question. Do not judge whether \
@@ -22,7 +24,39 @@ Answer:
 {answer}"""
 
 
-def coherence_judge(endpoint: Endpoint, *, max_tokens: int = 16) -> Judge:
+@dataclass(frozen=True)
+class EndpointJudge:
+    """A `Judge` behind an endpoint; made by `coherence_judge`."""
+
+    endpoint: Endpoint
+    max_tokens: int
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        """Scores of (question, answer) pairs, in their order."""
+        with ChatSession(self.endpoint) as session, ThreadPoolExecutor(self.endpoint.max_concurrent) as threads:
+
+            def ask(pair: tuple[str, str]) -> float | None:
+                question, answer = pair
+                prompt = _PROMPT.format(question=question, answer=answer)
+                try:
+                    reply = session.ask([Message("user", prompt)], max_tokens=self.max_tokens)
+                except AnswerError:
+                    return None
+                return read_score(reply.text)
+
+            return list(threads.map(ask, pairs))
+
+    def describe(self) -> dict[str, Any]:
+        """Whom it asks what, for results."""
+        return {
+            "base_url": self.endpoint.base_url,
+            "model": self.endpoint.model,
+            "max_tokens": self.max_tokens,
+            "prompt_sha256": sha256_of_texts([_PROMPT]),
+        }
+
+
+def coherence_judge(endpoint: Endpoint, *, max_tokens: int = 16) -> EndpointJudge:
     """What `certify_latents` and `measure_coherence` take as `judge`.
 
     An answer that the judge gives no number from 0 to 100 on, or none at all, has no score: it is not counted as
@@ -32,22 +66,7 @@ def coherence_judge(endpoint: Endpoint, *, max_tokens: int = 16) -> Judge:
         endpoint: whom to ask, several answers at the same time.
         max_tokens: longest verdict; models that reason aloud need more.
     """
-
-    def judge(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-        with ChatSession(endpoint) as session, ThreadPoolExecutor(endpoint.max_concurrent) as threads:
-
-            def ask(pair: tuple[str, str]) -> float | None:
-                question, answer = pair
-                prompt = _PROMPT.format(question=question, answer=answer)
-                try:
-                    reply = session.ask([Message("user", prompt)], max_tokens=max_tokens)
-                except AnswerError:
-                    return None
-                return read_score(reply.text)
-
-            return list(threads.map(ask, pairs))
-
-    return judge
+    return EndpointJudge(endpoint, max_tokens)
 
 
 def read_score(text: str) -> float | None:

@@ -17,9 +17,9 @@ import torch
 
 from saetools.diff import diff_latents
 from saetools.errors import InputError, SaetoolsWarning
-from saetools.evaluate.bench import CertificateConfig
 from saetools.evaluate.causal import certify_latents
 from saetools.evaluate.certificate import Verdict
+from saetools.evaluate.certificate_config import CertificateConfig
 from saetools.planted.language import draw_prompts
 from saetools.planted.model import PlantedConfig, PlantedModel, plant_model
 from saetools.stats import Estimate, estimate_ratios

@@ -12,6 +12,7 @@ import torch
 from saetools.diff import diff_latents
 from saetools.evaluate import Candidate, CertificateConfig, Certification, certify_latents
 from saetools.planted import PlantedConfig, draw_prompts, plant_model
+from saetools.planted.weights import PUSH
 
 CONFIG = CertificateConfig(
     strengths=(0.15, 0.3, 2.0), n_refine=1, max_new_tokens=6, n_samples=4, batch_rows=512, round_size=3
@@ -24,12 +25,14 @@ def certify(out: Path | None, *, config: CertificateConfig = CONFIG, **settings:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rates = diff_latents(planted.base, planted.tuned, planted.sae, planted.prompts).rates()
+    changes = torch.zeros(planted.sae.d_sae)
+    changes[[*planted.persona, *planted.correlates]] = PUSH  # throughout the assistant's turn
     everything = Candidate("personas", planted.persona)
     candidates = [planted.persona[0], planted.correlates[0], planted.persona[2], planted.nulls[0], everything]
     prompts = draw_prompts(planted.language, 10, seed=7)
     texts = [one.messages[0].content for one in draw_prompts(planted.language, 10, seed=8)]
     given = (planted.base, planted.tuned, planted.sae, candidates, planted.items, prompts, texts)
-    return certify_latents(*given, rates=rates, config=config, out=out, **settings)  # type: ignore[arg-type]
+    return certify_latents(*given, rates=rates, changes=changes, config=config, out=out, **settings)  # type: ignore[arg-type]
 
 
 def _wait(done: int, _total: int) -> None:

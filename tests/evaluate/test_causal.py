@@ -1,13 +1,17 @@
 """Certificates: planted causes are told from what only rises with them; every number can be computed again."""
 
 import dataclasses
+import inspect
 import json
+import math
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from certify_worker import CONFIG, certify
 
+from saetools.diff import diff_latents
 from saetools.errors import InputError, IntegrityError, SaetoolsWarning
 from saetools.evaluate import (
     Candidate,
@@ -23,6 +27,7 @@ from saetools.evaluate.coherence import AnswerCoherence, repetition
 from saetools.evaluate.controls import RandomPush, matched_latents, random_directions
 from saetools.generation import SamplingConfig, generate
 from saetools.planted import PLANTED_SITE, PlantedConfig, draw_prompts, plant_model
+from saetools.planted.weights import PUSH
 from saetools.steer import Scope, add
 
 WORKER = Path(__file__).parent / "certify_worker.py"
@@ -66,11 +71,87 @@ def test_numbers_are_those_of_the_parts(found, planted):
         assert effect.perplexity == pytest.approx(measure_perplexity(lm, texts, edits=edits).value, rel=1e-3)
         norm = effect.strength * planted.sae.metadata.median_norm
         push = RandomPush(random_directions(CONFIG.n_directions, 128, seed=0), norm, Scope())
-        control = score_forced_choice(lm, planted.items, edits={PLANTED_SITE: push})
+        control = score_forced_choice(lm, planted.items, edits={PLANTED_SITE: push}, batch_rows=CONFIG.n_directions)
         assert effect.against["equal_norm"].mean == pytest.approx(own.minus(control).mean, abs=1e-4)
+        named = [*planted.persona, planted.correlates[0], planted.nulls[0]]
+        others = matched_latents(planted.sae, [persona], rates_of(planted), CONFIG.n_matched, excluded=named)
+        rows = planted.sae.directions()[others[:, 0]]
+        push = RandomPush(rows, sign * norm, Scope())  # the way the candidate is pushed
+        control = score_forced_choice(lm, planted.items, edits={PLANTED_SITE: push}, batch_rows=CONFIG.n_directions)
+        assert effect.against["matched_latents"].mean == pytest.approx(own.minus(control).mean, abs=1e-4)
+        moved = {PLANTED_SITE: lambda acts, where, way=sign: acts + way * PUSH * planted.sae.W_dec[persona]}
+        carried = score_forced_choice(lm, planted.items, edits=moved).minus(plain[side])
+        assert effect.carried.mean == pytest.approx(sign * carried.mean / shift.mean, rel=0.02)
         at_it = next(dose for dose in effect.doses if dose.strength == effect.strength)
         assert at_it.shift == effect.shift
         assert at_it.incoherent <= 0.1
+
+
+def rates_of(planted):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return diff_latents(planted.base, planted.tuned, planted.sae, planted.prompts).rates()
+
+
+def test_the_fine_tunes_own_change_of_all_personas_carries_its_shift(found, planted):
+    by_name = {one.candidate.name: one for one in found[0].certificates}
+    for effect in ("induces", "suppresses"):
+        everything = getattr(by_name["personas"], effect).carried
+        assert 0.7 < everything.mean < 1.4  # it is added to prompts, too, where the organism pushes less
+        one = getattr(by_name[f"latent {planted.persona[0]}"], effect).carried
+        assert 0.1 < one.mean < 0.4  # one of four that the organism pushes alike while it answers
+        for other in (planted.correlates[0], planted.nulls[0]):
+            assert abs(getattr(by_name[f"latent {other}"], effect).carried.mean) < 0.05
+
+
+def test_a_lowered_latent_is_steered_the_other_way(planted):
+    persona = planted.persona[0]
+    ways = [Candidate("raised", (persona,)), Candidate("lowered", (persona,), sign=-1)]
+    texts = [one.messages[0].content for one in draw_prompts(planted.language, 10, seed=8)]
+    config = dataclasses.replace(CONFIG, strengths=(0.15,), n_refine=0)
+    models, prompts = (planted.base, planted.tuned, planted.sae), draw_prompts(planted.language, 10, seed=7)
+    given = {"rates": rates_of(planted), "config": config}
+    up, down = certify_latents(*models, ways, planted.items, prompts, texts, **given).certificates
+    assert (up.verdict, down.verdict) == ("both", "neither")
+    assert down.induces.shift.mean < 0 < up.induces.shift.mean
+    assert down.induces.against["matched_latents"].mean < 0
+
+
+def test_another_candidate_of_the_same_name_is_measured_anew(planted, tmp_path):
+    texts = [one.messages[0].content for one in draw_prompts(planted.language, 10, seed=8)]
+    config = dataclasses.replace(CONFIG, strengths=(0.15,), n_refine=0)
+    models, prompts = (planted.base, planted.tuned, planted.sae), draw_prompts(planted.language, 10, seed=7)
+    given = {"rates": rates_of(planted), "config": config, "out": tmp_path}
+    verdicts = []
+    for latents in (planted.persona[:2], planted.correlates[:2]):
+        found = certify_latents(*models, [Candidate("both", latents)], planted.items, prompts, texts, **given)
+        verdicts.append(found.certificates[0].verdict)
+    assert verdicts == ["both", "neither"]
+
+
+def test_a_judge_counts_and_is_named(planted):
+    texts = [one.messages[0].content for one in draw_prompts(planted.language, 10, seed=8)]
+    config = dataclasses.replace(CONFIG, strengths=(0.15, 0.3), n_refine=0)
+    models, prompts = (planted.base, planted.tuned, planted.sae), draw_prompts(planted.language, 10, seed=7)
+    plain = {row.text for row in generate(planted.base, prompts, config=SamplingConfig(6, n_samples=4, seed=0))}
+    plain |= {row.text for row in generate(planted.tuned, prompts, config=SamplingConfig(6, n_samples=4, seed=0))}
+    given = {"rates": rates_of(planted), "config": config}
+
+    def stern(pairs):
+        return [90.0 if answer in plain else 1.0 for _, answer in pairs]
+
+    found = certify_latents(*models, [planted.persona[0]], planted.items, prompts, texts, judge=stern, **given)
+    assert found.certificates[0].verdict == "incoherent"
+    assert math.isnan(found.certificates[0].induces.q_value)
+    assert found.table()["induces_q"][0] is None
+    assert found.certificates[0].induces.doses[0].n_judged == 40
+    assert "stern" in found.provenance["judge"]
+    with pytest.warns(SaetoolsWarning, match="the judge gave 0 of 160 answers a score") as caught:
+        silent = certify_latents(
+            *models, [planted.persona[0]], planted.items, prompts, texts, judge=lambda p: [None] * len(p), **given
+        )
+    assert silent.warnings == (str(caught[0].message),)
+    assert silent.certificates[0].verdict == "both"
 
 
 def test_the_largest_coherent_strength_is_searched(found):
@@ -108,8 +189,13 @@ def test_the_table_and_the_figure(found):
 
 
 def test_a_spent_budget_leaves_candidates_untested_and_the_next_run_goes_on(found, tmp_path):
-    with pytest.warns(SaetoolsWarning, match=r"the budget is spent: \d of 5 candidates are untested"):
-        first = certify(tmp_path, config=dataclasses.replace(CONFIG, max_tokens=20_000))
+    for least in ({"max_tokens": 1}, {"max_minutes": 0.0}):
+        with pytest.warns(SaetoolsWarning, match=r"the budget is spent: 5 of 5 candidates are untested"):
+            none = certify(tmp_path, config=dataclasses.replace(CONFIG, **least))
+        assert none.shift == found[0].shift
+    with pytest.warns(SaetoolsWarning, match=r"the budget is spent: [1-4] of 5 candidates are untested") as caught:
+        first = certify(tmp_path, config=dataclasses.replace(CONFIG, max_tokens=45_000))
+    assert first.warnings == tuple(str(one.message) for one in caught if one.category is SaetoolsWarning)
     verdicts = [one.verdict for one in first.certificates]
     assert verdicts[-1] == "untested"
     with pytest.raises(InputError, match="one that was tested"):
@@ -155,18 +241,25 @@ def test_half_a_line_is_measured_again(tmp_path):
         assert Cells(path, {"seed": 0})["d"] == 4
 
 
-def test_matched_latents_are_the_nearest(planted):
+def test_matched_latents_are_drawn_from_the_nearest(planted):
     rates = torch.linspace(0.001, 0.5, planted.sae.d_sae)
     norms = planted.sae.W_dec.detach().norm(dim=1)
     matched = matched_latents(planted.sae, [100, 200], rates, 4, excluded=[101])
     assert matched.shape == (4, 2)
-    assert not {100, 101, 200} & set(matched.flatten().tolist())
-    assert len(set(matched.flatten().tolist())) == 8
     distance = ((rates.log() - rates[100].log()) ** 2 + (norms.log() - norms[100].log()) ** 2).sqrt()
     distance[[100, 101, 200]] = torch.inf
-    assert matched[:, 0].tolist() == distance.topk(4, largest=False).indices.tolist()
-    with pytest.raises(InputError, match="n_matched: expected at most 191 with so few other latents"):
-        matched_latents(planted.sae, [0, 1], rates, 200)
+    nearest = set(distance.topk(16, largest=False).indices.tolist())
+    drawn = {
+        tuple(matched_latents(planted.sae, [100, 200], rates, 4, excluded=[101], seed=seed)[:, 0].tolist())
+        for seed in range(20)
+    }
+    assert {latent for one in drawn for latent in one} == nearest
+    assert all(len(set(one)) == 4 for one in drawn)
+    twins = matched_latents(planted.sae, [100, 102, 104], rates, 300)
+    assert all(len(set(row)) == 3 for row in twins.tolist())
+    assert not {100, 102, 104} & set(twins.flatten().tolist())
+    with pytest.raises(InputError, match="n_matched: expected at most 382, the latents that are no candidates"):
+        matched_latents(planted.sae, [0, 1], rates, 400)
 
 
 def test_coherence_is_that_of_the_base(planted):
@@ -214,11 +307,12 @@ def test_what_does_not_go_together_is_an_error(planted):
             "candidates": [1],
             "items": planted.items,
             "prompts": ["w0a"],
+            "texts": ["w0a w1a w2a"],
             "rates": torch.ones(planted.sae.d_sae),
-            "config": CONFIG,
+            "changes": None,
         } | changes
-        data = (given["candidates"], given["items"], given["prompts"], ["w0a w1a w2a"])
-        certify_latents(planted.base, planted.tuned, planted.sae, *data, rates=given["rates"], config=given["config"])
+        unchecked = inspect.unwrap(certify_latents)  # types, and widths that have to be equal, are checked in tests
+        unchecked(planted.base, planted.tuned, planted.sae, **given, config=CONFIG)
 
     for changes, message in (
         ({"candidates": []}, "candidates: expected latents of 0 to 383"),
@@ -227,9 +321,28 @@ def test_what_does_not_go_together_is_an_error(planted):
         ({"items": planted.items[:1]}, "items: expected two or more, received 1"),
         ({"prompts": []}, "prompts: expected one or more"),
         ({"rates": torch.ones(3)}, "rates: expected one for each of 384 latents, received 3"),
-        ({"config": dataclasses.replace(CONFIG, strengths=(0.3, 0.1))}, "strengths: expected ascending"),
+        ({"changes": torch.ones(3)}, "changes: expected one for each of 384 latents, received 3"),
+        ({"texts": []}, "texts: expected one or more"),
     ):
         with pytest.raises(InputError, match=message):
             run(**changes)
+    for changes, message in (
+        ({"strengths": (0.3, 0.1)}, "strengths: expected ascending"),
+        ({"n_matched": 0}, "n_matched: expected 1 or more, received 0"),
+        ({"max_incoherent": 1.5}, "max_incoherent: expected 0 to 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(CONFIG, **changes)
     with pytest.raises(InputError, match="candidates: expected latents, and a sign"):
         Candidate("none", ())
+
+
+def test_a_damaged_line_is_an_error(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    cells = Cells(path, {"seed": 0})
+    cells.add({"a": 1.5})
+    cells.add({"b": 2})
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[:4] + b"\n" + third)
+    with pytest.raises(IntegrityError, match="is damaged"):
+        Cells(path, {"seed": 0})
