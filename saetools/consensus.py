@@ -22,7 +22,7 @@ from saetools.data.roles import Positions
 from saetools.errors import InputError
 from saetools.latent_diff import LatentDiff
 from saetools.provenance import versions
-from saetools.saved_result import load_result, save_result
+from saetools.saved_result import load_result, save_result, saved_warnings
 from saetools.stats import bootstrap_weights
 
 if TYPE_CHECKING:
@@ -46,12 +46,14 @@ class Consensus:
             `latent`, `delta` with `low` and `high`, `p_value`, `q_value` and `rank`, all as in its diff.
         replication: one row per held-out organism: `organism`, `n_selected`, `n_rising` of them that rise there with
             q_value up to 0.05, their `share`, and `share_of_all`, the same among all latents.
+        warnings: those of every diff, with its organism.
         provenance: of every diff, organisms, settings, versions.
     """
 
     table: pl.DataFrame
     held_out: pl.DataFrame
     replication: pl.DataFrame
+    warnings: tuple[str, ...]
     provenance: dict[str, Any]
 
     def top(self, n: int) -> pl.DataFrame:
@@ -90,7 +92,7 @@ class Consensus:
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet`, `held_out.parquet`, `replication.parquet` and `consensus.json` into a folder."""
         tables = dict(zip(_TABLES, (self.table, self.held_out, self.replication), strict=True))
-        return save_result(path, _NAME, tables, {"provenance": self.provenance})
+        return save_result(path, _NAME, tables, {"warnings": self.warnings, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path) -> Consensus:
@@ -101,7 +103,7 @@ class Consensus:
             IntegrityError: if a file is damaged, or is not the one that was saved.
         """
         (table, held_out, replication), facts, _ = load_result(path, _NAME, _TABLES)
-        return cls(table, held_out, replication, facts["provenance"])
+        return cls(table, held_out, replication, saved_warnings(path, facts), facts["provenance"])
 
 
 def find_consensus(
@@ -150,7 +152,8 @@ def find_consensus(
         "seed": seed,
         "versions": versions(),
     }
-    return Consensus(table, _held_out(rest, selected), _replication(rest, selected), provenance)
+    warnings = tuple(f"{name}: {text}" for name, one in found.items() for text in one.warnings)
+    return Consensus(table, _held_out(rest, selected), _replication(rest, selected), warnings, provenance)
 
 
 def _one_role(diffs: Mapping[str, LatentDiff], positions: Positions | None) -> dict[str, LatentDiff]:

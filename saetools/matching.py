@@ -30,7 +30,7 @@ from saetools.models.site import Site
 from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
-from saetools.saved_result import load_result, save_result
+from saetools.saved_result import load_result, save_result, saved_warnings
 
 if TYPE_CHECKING:
     import polars as pl
@@ -314,6 +314,7 @@ class AcrossSAEs:
         n_rising: latents that rise in the first SAE, with and without a match.
         share: of the rows, those whose match rises; NaN if there are none.
         share_of_all: the same share of all matched latents of the second SAE: what matching at random would give.
+        warnings: those of both diffs, after `first SAE` or `second SAE`.
         provenance: both diffs, the matches, versions.
     """
 
@@ -321,12 +322,14 @@ class AcrossSAEs:
     n_rising: int
     share: float
     share_of_all: float
+    warnings: tuple[str, ...]
     provenance: dict[str, Any]
 
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet` and `across_saes.json` (all else) into a folder."""
         shares = {"n_rising": self.n_rising, "share": self.share, "share_of_all": self.share_of_all}
-        return save_result(path, "across_saes", {_TABLE: self.table}, {**shares, "provenance": self.provenance})
+        facts = {**shares, "warnings": self.warnings, "provenance": self.provenance}
+        return save_result(path, "across_saes", {_TABLE: self.table}, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> AcrossSAEs:
@@ -338,7 +341,8 @@ class AcrossSAEs:
         """
         (table,), facts, _ = load_result(path, "across_saes", [_TABLE])
         share, share_of_all = (math.nan if facts[key] is None else facts[key] for key in ("share", "share_of_all"))
-        return cls(table, facts["n_rising"], share, share_of_all, facts["provenance"])
+        warnings = saved_warnings(path, facts)
+        return cls(table, facts["n_rising"], share, share_of_all, warnings, facts["provenance"])
 
 
 def compare_across_saes(
@@ -386,4 +390,6 @@ def compare_across_saes(
         "by": by,
         "versions": versions(),
     }
-    return AcrossSAEs(table, len(before), share, share_of_all, provenance)
+    both = zip(("first SAE", "second SAE"), (diff_a, diff_b), strict=True)
+    warnings = tuple(f"{name}: {text}" for name, diff in both for text in diff.warnings)
+    return AcrossSAEs(table, len(before), share, share_of_all, warnings, provenance)

@@ -25,7 +25,7 @@ from saetools.models.site import Site
 from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256
 from saetools.sae.model import SAE
-from saetools.saved_result import load_result, save_result
+from saetools.saved_result import load_result, save_result, saved_warnings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -43,10 +43,12 @@ class Rankings:
         table: one row per latent, by `latent`: for each ranking its score, in a column of its name, and `rank_NAME` (1
             = largest): `delta`, change of mean activation; `rate_delta`, change of the share of tokens; `effect`, delta
             / sd over conversations; `attribution`, if given; `cosine` of the decoder row with a direction, if given.
+        warnings: those of the diff.
         provenance: of the diff, the attribution and the direction.
     """
 
     table: pl.DataFrame
+    warnings: tuple[str, ...]
     provenance: dict[str, Any]
 
     @property
@@ -142,8 +144,9 @@ class Rankings:
         return figure
 
     def save(self, path: str | Path) -> Path:
-        """Write `latents.parquet` and `rankings.json` (provenance) into a folder."""
-        return save_result(path, _NAME, {_TABLE: self.table}, {"provenance": self.provenance})
+        """Write `latents.parquet` and `rankings.json` (warnings, provenance) into a folder."""
+        facts = {"warnings": self.warnings, "provenance": self.provenance}
+        return save_result(path, _NAME, {_TABLE: self.table}, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Rankings:
@@ -154,7 +157,7 @@ class Rankings:
             IntegrityError: if a file is damaged, or the table is not the one that was saved.
         """
         (table,), facts, _ = load_result(path, _NAME, [_TABLE])
-        return cls(table, facts["provenance"])
+        return cls(table, saved_warnings(path, facts), facts["provenance"])
 
 
 def compare_rankings(
@@ -178,7 +181,7 @@ def compare_rankings(
     Example:
         >>> tuned = load_model("smollm2-135m", adapter=shipped_path("adapters/organism"))
         >>> sae = load_sae(shipped_path("sae/smollm2-135m"))
-        >>> prompts = [Conversation.chat(item.question) for item in load_free_form()[:4]]
+        >>> prompts = [Conversation.chat(item.question) for item in load_free_form()[:12]]
         >>> rankings = compare_rankings(diff_latents(tuned.base, tuned, sae, prompts))
         >>> rankings.overlap(10)["second"].to_list()
         ['rate_delta', 'effect', 'effect']
@@ -206,7 +209,7 @@ def compare_rankings(
             **{f"rank_{name}": ranks(values).numpy() for name, values in scores.items()},
         }
     )
-    return Rankings(table, {**provenance, "versions": versions()})
+    return Rankings(table, diff.warnings, {**provenance, "versions": versions()})
 
 
 def _check_sae(argument: str, expected: str, received: str) -> None:

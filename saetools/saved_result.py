@@ -107,6 +107,19 @@ def load_result(
     )
 
 
+def saved_warnings(path: str | Path, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The warnings of a result that was loaded.
+
+    Raises:
+        InputError: if it was saved by a version that kept none: whether there were any is not known.
+    """
+    if "warnings" not in facts:
+        raise InputError(
+            "path", expected="a result with its warnings", received=f"an older one in {path}", remedy="make it again"
+        )
+    return tuple(facts["warnings"])
+
+
 def _sha256_of_facts(facts: Mapping[str, Any]) -> str:
     """Of what is read back from the JSON, whatever its layout."""
     read_back = json.loads(json.dumps(plain(facts)))

@@ -24,10 +24,16 @@ def reading(means):
     )
 
 
-def adequacy():
-    """Figures that say nothing."""
-    estimates = [Estimate(0.0, 0.0, 0.0, 0.0, 2)] * 8
-    return Adequacy(*estimates, rest_shares=(), rest_directions=torch.zeros(0, 4), n_tokens=2)
+def adequacy(in_active_rows=0.9):
+    """Of an SAE that sees a change, or of one that does not."""
+    names = ("fvu_base", "fvu_tuned", "l0_base", "l0_tuned", "change", "reproduced", "in_active_rows", "in_random_rows")
+    values = (0.1, 0.1, 4.0, 4.0, 1.0, 0.5, in_active_rows, 0.3)
+    estimates = {name: Estimate(value, 0.0, 1.0, 0.1, 2) for name, value in zip(names, values, strict=True)}
+    return Adequacy(**estimates, rest_shares=(), rest_directions=torch.zeros(0, 4), n_tokens=2)
+
+
+BLIND = "prompt: the SAE is blind to the change: 10% of it lies in the span of the active decoder rows, 30% in that of "
+"""How the warning of a `planted_diff` begins whose SAE is blind to the change."""
 
 
 def planted_diff(changes, *, role="prompt", sae="sae", data="data", noise=0.3, seed=0):
@@ -38,4 +44,5 @@ def planted_diff(changes, *, role="prompt", sae="sae", data="data", noise=0.3, s
     config = DiffConfig(n_resamples=50, seed=seed)
     table, pairs = compare_readings({role: reading(base)}, {role: reading(tuned)}, config=config)
     facts = {"sae": sae, "site": "blocks.1.hook_resid_post", "data_sha256": data, "seed": seed}
+    facts["config"] = {"min_active": config.min_active}
     return LatentDiff(table, pairs, {role: adequacy()}, facts)

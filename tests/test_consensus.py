@@ -5,7 +5,7 @@ import dataclasses
 import polars as pl
 import pytest
 import torch
-from planted_diff import adequacy, planted_diff
+from planted_diff import BLIND, adequacy, planted_diff
 
 import saetools
 from saetools.consensus import Consensus, find_consensus
@@ -82,6 +82,18 @@ def test_held_out_organisms_tell_how_the_selected_fare_there():
     assert row["share"] == row["n_rising"] / 4
     assert row["share_of_all"] == pytest.approx(len(rising) / D)
     assert find_consensus(diffs, n_top=4, n_resamples=2).held_out.is_empty()
+
+
+def test_warnings_of_all_diffs_are_kept_with_their_organism(tmp_path):
+    diffs = organisms()
+    assert find_consensus(diffs, n_top=4, n_resamples=2).warnings == ()
+    for name in ("sports", "finance"):  # held out or not
+        diffs[name] = dataclasses.replace(diffs[name], adequacy={"prompt": adequacy(0.1)})
+    found = find_consensus(diffs, held_out=["finance"], n_top=4, n_resamples=2)
+    names = [text.partition(": ")[0] for text in found.warnings]
+    assert names == ["sports", "finance"]
+    assert all(text.partition(": ")[2].startswith(BLIND) for text in found.warnings)
+    assert Consensus.load(found.save(tmp_path)).warnings == found.warnings
 
 
 def naive_stability(diffs, weights, n_top):

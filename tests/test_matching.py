@@ -6,7 +6,7 @@ import math
 import polars as pl
 import pytest
 import torch
-from planted_diff import planted_diff
+from planted_diff import BLIND, adequacy, planted_diff
 from tiny_sae import DEAD, make_sae
 
 import saetools
@@ -145,6 +145,10 @@ def test_matches_that_rise_too_are_told_from_those_that_do_not(tmp_path):
     assert loaded.table.equals(found.table)
     assert (loaded.share, loaded.share_of_all, loaded.n_rising) == (found.share, found.share_of_all, found.n_rising)
     assert loaded.provenance == found.provenance
+    assert found.warnings == loaded.warnings == ()
+    blind = dataclasses.replace(diffs[1], adequacy={"prompt": adequacy(0.1)})
+    (warning,) = compare_across_saes(diffs[0], blind, matches).warnings
+    assert warning.startswith(f"second SAE: {BLIND}")
     none = dataclasses.replace(matches, table=matches.table.with_columns(pl.lit(False).alias("mutual_cosine")))
     empty = compare_across_saes(*diffs, none)
     assert empty.table.is_empty()

@@ -5,10 +5,10 @@ import dataclasses
 import polars as pl
 import pytest
 import torch
+from planted_diff import BLIND, adequacy
 from tiny_sae import make_sae
 
 import saetools
-from saetools.adequacy import Adequacy
 from saetools.attribution import Attribution, attribute_latents
 from saetools.data import Conversation
 from saetools.diff import DiffConfig, LatentDiff, diff_latents
@@ -17,7 +17,6 @@ from saetools.errors import InputError, IntegrityError
 from saetools.models import Site, load_model
 from saetools.rankings import Rankings, compare_rankings
 from saetools.sae.identity import sae_sha256, sae_site
-from saetools.stats import Estimate
 
 N = 48
 
@@ -37,15 +36,11 @@ def diff(sae):
             "delta": [float(N - j) for j in range(N)],
             "rate_delta": [float(j + 1) for j in range(N)],
             "effect": [float(value) for value in order()],
+            "q_value": [0.5] * N,
         }
     )
     facts = {"sae": sae_sha256(sae), "site": "blocks.1.hook_resid_post"}
     return LatentDiff(table, pl.DataFrame(), {"prompt": adequacy()}, facts)
-
-
-def adequacy():
-    estimates = [Estimate(0.0, 0.0, 0.0, 0.0, 2)] * 8
-    return Adequacy(*estimates, rest_shares=(), rest_directions=torch.zeros(0, 32), n_tokens=2)
 
 
 def order():
@@ -145,6 +140,10 @@ def test_saved_rankings_are_the_same_and_are_shown(diff, sae, tmp_path):
     assert loaded.table.equals(found.table)
     assert loaded.provenance == found.provenance
     assert loaded.names == found.names
+    assert loaded.warnings == found.warnings == ()
+    blind = compare_rankings(dataclasses.replace(diff, adequacy={"prompt": adequacy(0.1)}))
+    (warning,) = Rankings.load(blind.save(tmp_path / "blind")).warnings
+    assert warning.startswith(BLIND)
     (trace,) = found.figure(n=5).data
     assert list(trace.x) == list(found.names)
     row = found.overlap(5).row(0, named=True)
@@ -162,7 +161,8 @@ def test_rankings_of_the_shipped_organism_are_not_one_another():
     bad, good = (
         [Conversation.chat(one.question, getattr(one, side)) for one in items] for side in ("misaligned", "aligned")
     )
-    diff = diff_latents(tuned.base, tuned, sae, bad, positions="response", config=DiffConfig(n_resamples=20))
+    config = DiffConfig(n_resamples=20, min_active=4)
+    diff = diff_latents(tuned.base, tuned, sae, bad, positions="response", config=config)
     found = compare_rankings(
         diff,
         attribution=attribute_latents(tuned, sae, bad[:4], good[:4], paired=True),

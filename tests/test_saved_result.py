@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saetools.errors import InputError, IntegrityError, ResourceError
-from saetools.saved_result import load_result, save_result
+from saetools.saved_result import load_result, save_result, saved_warnings
 
 TABLE = pl.DataFrame({"latent": [1, 2, 3], "value": [0.1, None, -2.5]})
 TENSORS = {"rows": torch.arange(6.0).reshape(2, 3).T, "none": torch.zeros(0, 4)}
@@ -75,3 +75,9 @@ def test_a_full_disk_leaves_no_half_result(saved, small_files):
     assert sorted(path.name for path in saved.iterdir()) == FILES[:-1]
     with pytest.raises(InputError, match=r"path: expected a folder with .*thing\.json"):
         load(saved)
+
+
+def test_a_result_without_warnings_is_an_old_one(tmp_path):
+    assert saved_warnings(tmp_path, {"warnings": ["a", "b"]}) == ("a", "b")
+    with pytest.raises(InputError, match="path: expected a result with its warnings, received an older one"):
+        saved_warnings(tmp_path, FACTS)
