@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saetools.significance import bootstrap_t_intervals, false_discovery_rates, sign_flip_p_values
+from saetools.significance import bootstrap_t_intervals, false_discovery_rates, mean_p_values
 from saetools.stats import Estimate, bootstrap_weights
 
 FDR = 0.05
@@ -16,11 +16,11 @@ FDR = 0.05
 ROUNDING = 1e-4
 """Changes of a latent up to this share of its largest mean activation count as none in tests.
 
-Sign flips find a change however small, and rounding is not always chance: it may push a latent the same way on all
+Tests find a change however small, and rounding is not always chance: it may push a latent the same way on all
 texts. Measured in float32 on SmolLM2-135M and its SAE, 40 conversations: an adapter against the same adapter merged
 into the weights differs by up to 2.3e-5, and 60 of 484 latents would count as changed at their prompts; one batch
 against another differs by up to 4e-6, and none would. In bfloat16 batches differ by up to half of it, as other latents
-are among the top k: only chance that falls either way, which sign flips see through, keeps these from counting.
+are among the top k: only chance that falls either way, which tests see through, keeps these from counting.
 """
 _CHUNK = 2048  # measures whose values are dense at the same time
 
@@ -47,8 +47,8 @@ def change_figures(
         seed: of the bootstrap.
 
     Returns:
-        `delta`, the mean; its 95 % bootstrap-t interval `low`, `high`; standard error `se`; `effect` = delta / sd over
-        units (0 if the sd is).
+        `delta`, the mean; its 95 % bootstrap-t interval `low`, `high`, NaN where too few units changed for one;
+        standard error `se`; `effect` = delta / sd over units (0 if the sd is).
     """
     values = values.double()
 
@@ -66,7 +66,7 @@ def change_figures(
 def change_p_values(
     values: Float[Tensor, " value"], sizes: Float[Tensor, " value"], measures: Int[Tensor, " value"], n_measures: int
 ) -> Float[Tensor, " measure"]:
-    """Two-sided p-values of mean changes by sign flips; changes as small as rounding (`ROUNDING`) count as none.
+    """Two-sided p-values of mean changes (`significance.mean_p_values`); those as small as `ROUNDING` count as none.
 
     Args:
         values: paired changes in units; zeros may be left out.
@@ -76,7 +76,7 @@ def change_p_values(
     """
     largest = sizes.new_zeros(n_measures).scatter_reduce(0, measures, sizes, "amax")
     changed = values.abs() > ROUNDING * largest[measures]
-    return sign_flip_p_values(values[changed], measures[changed], n_measures)
+    return mean_p_values(values[changed], measures[changed], n_measures)
 
 
 def change_tests(

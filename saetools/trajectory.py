@@ -60,12 +60,12 @@ class Trajectory:
         points: ascending; the base itself is 0, and not among them.
         table: one row per latent, by `latent`: `change` at the last point; `n_active`, conversations in which it is
             active in the base or at a point (the largest number of any point); `p_value`, that it differs from the base
-            at any point (sign flips, the smallest over points times their number) and `q_value`, both null for latents
+            at any point (as in a diff, the smallest over points times their number) and `q_value`, both null for latents
             with too few of them; `onset`, null for latents that do not move (q_value above 0.05), the point up to which
             it is as in the base, and `shape`, how it then moves: `step` or `ramp`; `onset_low`, `onset_high`, the 95 %
             bootstrap interval over conversations, for those of `latents`.
         curves: one row for each of `latents` and each point: `latent`, `point`, `delta` with its 95 % interval `low`,
-            `high` and standard error `se`.
+            `high`, null where the bootstrap does not determine it, and standard error `se`.
         means: mean change of every latent at every point.
         latents: those that are traced conversation by conversation.
         changes: their changes.
@@ -396,4 +396,5 @@ class _Tracer:
             "point": torch.tensor(self.points, dtype=torch.double).repeat(n_traced),
             **{name: figures[name] for name in ("delta", "low", "high", "se")},
         }
-        return pl.DataFrame({name: values.numpy() for name, values in columns.items()})
+        table = pl.DataFrame({name: values.numpy() for name, values in columns.items()})
+        return table.with_columns(pl.col("low", "high").fill_nan(None))

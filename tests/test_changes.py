@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import saetools
-from saetools.changes import FDR, ROUNDING, change_p_values, change_tests, projection_share, ranks
+from saetools.changes import FDR, ROUNDING, change_figures, change_p_values, change_tests, projection_share, ranks
 from saetools.data import Conversation, tokenize
 from saetools.latents.paired import pair_readings
 from saetools.latents.reading import read_latents
 from saetools.models import Site, load_model
-from saetools.significance import false_discovery_rates, sign_flip_p_values
+from saetools.significance import false_discovery_rates, mean_p_values, sign_flip_p_values
 
 
 def share(part, whole, **settings):
@@ -87,7 +87,7 @@ def test_only_what_is_tested_counts_for_the_false_discovery_rate():
     measures = torch.arange(8).repeat_interleave(15)
     tested = torch.arange(8) % 3 > 0
     found = change_tests(values, values.abs(), measures, tested)
-    p = sign_flip_p_values(values, measures, 8)
+    p = mean_p_values(values, measures, 8)
     torch.testing.assert_close(found["p_value"][tested], p[tested])
     torch.testing.assert_close(found["q_value"][tested], false_discovery_rates(p[tested]))
     assert all(bool(each[~tested].isnan().all()) for each in found.values())
@@ -118,3 +118,17 @@ def test_a_model_does_not_change_by_being_computed_otherwise():
     assert (q_values[tested] > FDR).all()
     flips = sign_flip_p_values(pairs.changes(), pairs.latent, sae.d_sae)
     assert (false_discovery_rates(flips[tested]) <= FDR).any()  # without a floor, rounding is a change
+
+
+def test_too_few_changes_for_an_interval():
+    generator = torch.Generator().manual_seed(0)
+    n = 40
+    n_active = torch.tensor([0, 1, 2, 12])
+    units = torch.cat([torch.randperm(n, generator=generator)[:k] for k in n_active.tolist()])
+    measures = torch.arange(4).repeat_interleave(n_active)
+    values = torch.rand(len(units), generator=generator) + 0.5
+    found = change_figures(values, measures, units, n_measures=4, n_units=n, n_resamples=1000, seed=0)
+    assert found["low"].isnan().tolist() == found["high"].isnan().tolist() == [False, True, True, False]
+    assert (found["low"][0], found["high"][0]) == (0, 0)
+    assert 0 < found["low"][3] < found["delta"][3] < found["high"][3]
+    assert all(bool(found[name].isfinite().all()) for name in ("delta", "se", "effect"))

@@ -14,7 +14,7 @@ from saetools.diff import DiffConfig, LatentDiff, diff_latents
 from saetools.errors import InputError, IntegrityError, SaetoolsWarning
 from saetools.models import Site, read
 from saetools.sae.identity import sae_site
-from saetools.significance import false_discovery_rates, sign_flip_p_values
+from saetools.significance import false_discovery_rates, mean_p_values, sign_flip_p_values
 
 FILES = ["conversations.parquet", "diff.json", "latents.parquet", "tensors.safetensors"]
 SETTINGS = {field.name for field in dataclasses.fields(DiffConfig)}
@@ -138,7 +138,7 @@ def test_numbers_are_those_of_a_dense_computation(organism, positions):
     tested = (means["base"][1] + means["tuned"][1] > 0).sum(0) >= 4
     assert found.table["p_value"].is_not_null().to_list() == tested.tolist()
     n_tested = int(tested.sum())
-    p_values = sign_flip_p_values(delta.T[tested].flatten(), torch.arange(n_tested).repeat_interleave(5), n_tested)
+    p_values = mean_p_values(delta.T[tested].flatten(), torch.arange(n_tested).repeat_interleave(5), n_tested)
     close = {"rtol": 1e-2, "atol": 1e-3}
     torch.testing.assert_close(found.table["p_value"].drop_nulls().to_torch(), p_values, **close)
     torch.testing.assert_close(found.table["q_value"].drop_nulls().to_torch(), false_discovery_rates(p_values), **close)
@@ -305,3 +305,32 @@ def test_damaged_facts_and_no_resamples(organism, tmp_path):
         LatentDiff.load(tmp_path)
     with pytest.raises(InputError, match="n_resamples: expected 1 or more, received 0"):
         diff_latents(organism.base, organism, basis_sae(), CHATS, config=DiffConfig(n_resamples=0))
+
+
+def test_maxima_and_quantiles_are_those_of_all_tokens(organism):
+    sae, roles = make_sae("jumprelu"), ("prompt", "response")
+    found = diff(organism.base, organism, sae, positions=roles, batch_tokens=60)
+    seen = []
+    for role in roles:
+        table = found.at(role).table
+        for side, lm in (("base", organism.base), ("tuned", organism)):
+            tokens = []
+            for one in tokenize(CHATS, lm.tokenizer):
+                with torch.no_grad():
+                    x = read(lm, one.token_ids[None], torch.ones(1, len(one), dtype=torch.bool), [Site(1)])[Site(1)]
+                    tokens.append(sae.encode(x[0, 1:][select_positions(one.roles[1:], role)]).to_dense())
+            sizes = torch.cat(tokens).abs()
+            largest = sizes.amax(0)
+            torch.testing.assert_close(table[f"max_{side}"].to_torch(), largest, rtol=1e-4, atol=1e-5)
+            ordered, n_active = sizes.sort(0, descending=True).values, (sizes > 0).sum(0)
+            for q in (0.5, 0.9, 0.99):
+                place = ((1 - q) * (n_active - 1)).round().long().clamp_min(0)
+                expected = ordered.gather(0, place[None])[0]
+                ours = table[f"p{100 * q:.0f}_{side}"].to_torch()
+                torch.testing.assert_close(ours, expected, rtol=0.016, atol=1e-5)
+                seen.append(expected)
+    assert all((one > 0).any() for one in seen)
+    prompt_median, prompt_tail, response_median = seen[0], seen[1], seen[6]
+    assert (prompt_median < prompt_tail).any()  # quantiles, roles and sides are not the same numbers
+    assert not torch.allclose(prompt_median, response_median, rtol=0.1)
+    assert not torch.allclose(prompt_tail, seen[4], rtol=0.02)
