@@ -60,7 +60,7 @@ class Trajectory:
         points: ascending; the base itself is 0, and not among them.
         table: one row per latent, by `latent`: `change` at the last point; `n_active`, conversations in which it is
             active in the base or at a point (the largest number of any point); `p_value`, that it differs from the base
-            at any point (as in a diff, the smallest over points times their number) and `q_value`, both null for latents
+            at any point (as in a diff; smallest over points times their number) and `q_value`, both null for latents
             with too few of them; `onset`, null for latents that do not move (q_value above 0.05), the point up to which
             it is as in the base, and `shape`, how it then moves: `step` or `ramp`; `onset_low`, `onset_high`, the 95 %
             bootstrap interval over conversations, for those of `latents`.
