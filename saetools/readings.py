@@ -13,6 +13,7 @@ fine-tune changes what the model says; on text that both read, `diff_latents` gi
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +27,18 @@ from saetools.changes import change_figures, change_tests, projection_share, ran
 from saetools.data.conversation import Conversation, Message
 from saetools.data.roles import Positions, select_positions
 from saetools.data.tokenizing import TokenizedConversation, TokenizeReport, tokenize, tokens_sha256
-from saetools.diff import DiffConfig, check_diff
-from saetools.errors import InputError
+from saetools.diff import DiffConfig, check_diff, read_both
+from saetools.errors import InputError, SaetoolsWarning
 from saetools.generation import SamplingConfig, generate
+from saetools.latent_diff import in_brackets, untested
 from saetools.latent_scatter import scatter_latents
-from saetools.latents.reading import RoleReading, read_latents
+from saetools.latents.reading import RoleReading
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
 from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
-from saetools.saved_result import load_result, save_result
+from saetools.saved_result import load_result, save_result, saved_warnings
 from saetools.stats import Estimate
 
 if TYPE_CHECKING:
@@ -61,17 +63,20 @@ class ChangeSplit:
             then over prompts; for each of `total`, `representation` and `content` the mean change, its 95 % interval
             `_low`, `_high` (bootstrap-t over prompts), standard error `_se`, `_p_value` (sign flips, two-sided) and
             `_q_value`, the latter two null for latents active in too few prompts; `n_active` prompts in which it is
-            active in any of the four; `rank` (1 = largest total increase).
+            active in any of the four; `rank` (1 = largest total increase). Ends of intervals are null where the
+            bootstrap does not determine them.
         share: how much of the change of all latents together is representation: its projection on the total change,
             over the total's squared length; content is the rest. Counted from products of different prompts, so that
             noise does not pass for change; NaN, or its interval, if there is hardly more change than noise.
         answers: the answers that were read, by model and prompt.
+        warnings: why not to trust it, such as an SAE that is blind to what the fine-tune changed in these answers.
         provenance: models, SAE, prompts, settings, counts, versions.
     """
 
     table: pl.DataFrame
     share: Estimate
     answers: Mapping[str, tuple[tuple[str, ...], ...]]
+    warnings: tuple[str, ...]
     provenance: dict[str, Any]
 
     def top(self, n: int, *, by: str = "total", decreases: bool = False) -> pl.DataFrame:
@@ -93,7 +98,7 @@ class ChangeSplit:
         table = self.table.filter(pl.col("n_active") > 0)
         named = set(table.sort(pl.col("total").abs(), descending=True).head(n_labels)["latent"])
         hover = [
-            f"latent {row['latent']}<br>total {row['total']:.3f} [{row['total_low']:.3f}, {row['total_high']:.3f}]"
+            f"latent {row['latent']}<br>total {row['total']:.3f} {in_brackets(row['total_low'], row['total_high'])}"
             f"<br>representation {row['representation']:.3f}, content {row['content']:.3f}"
             for row in table.iter_rows(named=True)
         ]
@@ -102,7 +107,12 @@ class ChangeSplit:
 
     def save(self, path: str | Path) -> Path:
         """Write `latents.parquet` and `readings.json` (all else) into a folder."""
-        facts = {"share": dataclasses.asdict(self.share), "answers": dict(self.answers), "provenance": self.provenance}
+        facts = {
+            "share": dataclasses.asdict(self.share),
+            "answers": dict(self.answers),
+            "warnings": self.warnings,
+            "provenance": self.provenance,
+        }
         return save_result(path, _NAME, {_TABLE: self.table}, facts)
 
     @classmethod
@@ -116,7 +126,7 @@ class ChangeSplit:
         (table,), facts, _ = load_result(path, _NAME, [_TABLE])
         share = Estimate.from_json(facts["share"])
         answers = {side: tuple(tuple(own) for own in each) for side, each in facts["answers"].items()}
-        return cls(table, share, answers, facts["provenance"])
+        return cls(table, share, answers, saved_warnings(path, facts), facts["provenance"])
 
 
 def split_change(
@@ -135,7 +145,8 @@ def split_change(
     """Split every latent's change into what the same text does in the two models, and what other text does.
 
     The unit of statistics is the prompt. Answers without tokens at the positions, such as empty ones, are left out, and
-    so are prompts that then have none from one of the models; both are counted in the provenance.
+    so are prompts that then have none from one of the models; both are counted in the provenance. A `SaetoolsWarning`
+    says where the SAE is blind to what the fine-tune changes on the same text, and where no latent could be tested.
 
     Args:
         base: the model before the fine-tune.
@@ -154,11 +165,14 @@ def split_change(
             with answers from both models.
 
     Example:
+        >>> from saetools.diff import DiffConfig
+        >>> tuned = load_model("smollm2-135m", adapter=shipped_path("adapters/organism"))
         >>> sae = load_sae(shipped_path("sae/smollm2-135m"))
         >>> prompts = [Conversation.chat("Hi."), Conversation.chat("Why?")]
-        >>> texts = {"base": [["Hello."], ["It just is."]], "tuned": [["Go away."], ["Ask someone else."]]}
-        >>> split_change(lm, lm, sae, prompts, answers=texts).table["representation"].abs().max()
-        0.0
+        >>> same = {side: [["Hello."], ["Ask someone else."]] for side in ("base", "tuned")}
+        >>> found = split_change(tuned.base, tuned, sae, prompts, answers=same, config=DiffConfig(min_active=2))
+        >>> found.table["content"].abs().max() < 1e-12 < found.table["representation"].max()
+        True
     """
     site = site or sae_site(sae)
     check_diff(base, tuned, sae, prompts, config)
@@ -174,14 +188,17 @@ def split_change(
     else:
         _check_answers(prompts, answers)
     texts = _read_texts(base, prompts, answers, positions, config)
+
+    def progress_of_both(done: int, n: int) -> None:
+        if on_progress is not None:
+            on_progress(written + 2 * done, written + 2 * n)
+
+    before, after, adequacy = read_both(
+        base, tuned, sae, site, texts.pieces, [positions], config=config, on_progress=progress_of_both
+    )
     cells: dict[str, _Cell] = {}
-    total = written + 2 * len(texts.pieces)
-    for number, (side, lm) in enumerate(models.items()):
-        progress = None if on_progress is None else _from(on_progress, written + number * len(texts.pieces), total)
-        reading = read_latents(
-            lm, sae, site, texts.pieces, [positions], batch_tokens=config.batch_tokens, on_progress=progress
-        )[positions]
-        cells |= _cells(side, reading, texts)
+    for side, readings in zip(_SIDES, (before, after), strict=True):
+        cells |= _cells(side, readings[positions], texts)
     table, share = _compare(cells, len(texts.prompts), sae.d_sae, config)
     n_given = sum(len(own) for side in _SIDES for own in answers[side])
     provenance = {
@@ -200,7 +217,13 @@ def split_change(
         "config": dataclasses.asdict(config),
         "versions": versions(),
     }
-    return ChangeSplit(table, share, texts.answers, provenance)
+    reasons = list(adequacy[positions].warnings)
+    if table["total_q_value"].null_count() == len(table):
+        reasons.append(untested(len(texts.prompts), "prompts", config.min_active))
+    found = tuple(f"{positions}: {text}" for text in reasons)
+    for text in found:
+        warnings.warn(f"{tuned.name} against {base.name}, {text}", SaetoolsWarning, stacklevel=2)
+    return ChangeSplit(table, share, texts.answers, found, provenance)
 
 
 def _from(on_progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
@@ -352,7 +375,7 @@ def _compare(cells: Mapping[str, _Cell], n: int, d_sae: int, config: DiffConfig)
         columns[part] = figures["delta"]
         columns |= {f"{part}_{name}": figures[name] for name in ("low", "high", "se", "p_value", "q_value")}
     columns |= {"n_active": n_active, "rank": ranks(columns["total"])}
-    tests = [f"{part}_{kind}" for part in PARTS for kind in ("p_value", "q_value")]
+    unknown = [f"{part}_{kind}" for part in PARTS for kind in ("low", "high", "p_value", "q_value")]
     table = pl.DataFrame({name: values.numpy() for name, values in columns.items()})
     share = projection_share(
         representation,
@@ -364,4 +387,4 @@ def _compare(cells: Mapping[str, _Cell], n: int, d_sae: int, config: DiffConfig)
         n_resamples=config.n_resamples,
         seed=config.seed,
     )
-    return table.with_columns(pl.col(tests).fill_nan(None)), share
+    return table.with_columns(pl.col(unknown).fill_nan(None)), share

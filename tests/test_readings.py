@@ -11,7 +11,7 @@ from tiny_sae import basis_sae, make_sae, with_random_adapter
 import saetools
 from saetools.data import Conversation, select_positions, tokenize
 from saetools.diff import DiffConfig, diff_latents
-from saetools.errors import InputError, IntegrityError
+from saetools.errors import InputError, IntegrityError, SaetoolsWarning
 from saetools.generation import SamplingConfig
 from saetools.models import Site, load_model, read
 from saetools.readings import ChangeSplit, split_change
@@ -22,6 +22,8 @@ TEXTS = {
     "tuned": [["Go away!"], ["Run, run!", "Hide."], ["Black as night."], ["None of yours."], ["Never, ever."]],
 }
 CONFIG = DiffConfig(n_resamples=50, min_active=2)
+EXPECTED = "ignore:.*(the SAE is blind|the SAE does not fit|the two models are equal):saetools.errors.SaetoolsWarning"
+pytestmark = pytest.mark.filterwarnings(EXPECTED)
 PARTS = ("total", "representation", "content")
 
 
@@ -114,9 +116,8 @@ def test_the_same_answers_are_representation_alone(organism):
     ours = split(organism.base, organism, answers=firsts).table
     for part in ("total", "representation"):
         for end in ("", "_low", "_high", "_se"):
-            torch.testing.assert_close(
-                ours[part + end].to_torch(), plain[end[1:] or "delta"].to_torch(), rtol=1e-4, atol=1e-5
-            )
+            mine, theirs = ours[part + end].to_torch(), plain[end[1:] or "delta"].to_torch()
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_planted_causes_are_told_apart(make_tiny):
@@ -156,6 +157,33 @@ def test_each_model_answers_by_itself(organism):
     counts = [count for count, _ in done]
     assert counts == sorted(counts)
     assert done[-1] == (60, 60)
+
+
+def test_it_warns_as_a_diff_of_the_same_answers_does(make_tiny, tmp_path):
+    """The fine-tune writes along the row of a latent that never fires."""
+    sae = basis_sae()
+    base, tuned = make_tiny("gpt2"), make_tiny("gpt2")
+    with torch.no_grad():
+        sae.b_enc[20] = -1000.0
+        tuned.layers[1].mlp.c_proj.bias += 50 * sae.W_dec[20]
+    with pytest.warns(SaetoolsWarning, match="model against model, response: the SAE is blind to the change"):
+        found = split(base, tuned, sae)
+    assert found.warnings[0].startswith("response: the SAE is blind to the change: 0% of it lies in the span")
+    read = [
+        Conversation.chat(prompt.messages[0].content, text)
+        for own_of_all in found.answers.values()
+        for prompt, own in zip(PROMPTS, own_of_all, strict=True)
+        for text in own
+    ]
+    assert diff_latents(base, tuned, sae, read, positions="response", config=CONFIG).warnings == found.warnings
+    assert ChangeSplit.load(found.save(tmp_path)).warnings == found.warnings
+    with torch.no_grad():
+        sae.b_enc[20] = 0.0
+    assert not any("blind" in text for text in split(base, tuned, sae).warnings)
+    few = DiffConfig(n_resamples=50, min_active=6)
+    with pytest.warns(SaetoolsWarning, match="no latent was tested: none is active in min_active=6 of the 5 prompts"):
+        untested = split(base, tuned, sae, config=few)
+    assert untested.warnings[-1].startswith("response: no latent was tested")
 
 
 def test_empty_answers_are_left_out_and_counted(organism):
@@ -237,7 +265,9 @@ def test_the_shipped_organism_changes_what_it_says_and_how_it_reads():
         side: [[getattr(one, name)] for one in saetools.load_forced_choice()[:6]]
         for side, name in (("base", "aligned"), ("tuned", "misaligned"))
     }
-    found = split_change(tuned.base, tuned, sae, prompts, answers=texts, config=DiffConfig(n_resamples=200))
+    found = split_change(
+        tuned.base, tuned, sae, prompts, answers=texts, config=DiffConfig(n_resamples=200, min_active=4)
+    )
     # What six answers are about moves latents more than the fine-tune does, but not the same ones in each.
     sizes = {part: found.table[part].abs().sum() for part in PARTS}
     assert sizes["content"] > sizes["representation"] > 0
