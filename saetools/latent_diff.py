@@ -38,8 +38,8 @@ class LatentDiff:
             (of its sizes over the tokens where it is active); `delta` = mean_tuned - mean_base with its 95 % interval
             `low`, `high` (bootstrap-t over conversations) and standard error `se`, `effect` = delta / sd over
             conversations (0 if the sd is), `rate_delta`, `n_active` = conversations in which it is active in either
-            model, `p_value` (sign flips, two-sided; see `changes.ROUNDING`) and `q_value` (the false discovery rate at
-            which it counts as changed), both null for latents with too few of them, `rank` (1 = largest increase),
+            model, `p_value` (two-sided; see `changes.change_p_values`) and `q_value` (the false discovery rate at which
+            it counts as changed), both null for latents with too few of them, `rank` (1 = largest increase),
             `n_conversations`. Ends of intervals are null where the bootstrap does not determine them.
         conversations: one row for each role, conversation and latent that is active there in either model:
             `positions`, `conversation` (index), `latent`, `base`, `tuned` (mean activation over its tokens).

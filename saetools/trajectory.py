@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from saetools.adequacy import Adequacy
 from saetools.changes import FDR, change_figures, change_p_values
 from saetools.data.conversation import Conversation
 from saetools.data.roles import Positions
 from saetools.data.tokenizing import TokenizeReport, tokens_sha256
-from saetools.diff import DiffConfig, check_diff, tokenize_for
-from saetools.errors import InputError
+from saetools.diff import DiffConfig, check_diff, read_both, tokenize_for
+from saetools.errors import InputError, SaetoolsWarning
+from saetools.latent_diff import untested
+from saetools.latent_trajectory import Over, Trajectory
 from saetools.latents.paired import pair_readings
 from saetools.latents.reading import RoleReading, read_latents
 from saetools.models.adapters import borrowed_adapter, scaled_adapter
@@ -36,116 +39,16 @@ from saetools.onset import find_onsets, onset_intervals
 from saetools.provenance import versions
 from saetools.sae.identity import sae_sha256, sae_site
 from saetools.sae.model import SAE
-from saetools.saved_result import load_result, save_result
 from saetools.significance import false_discovery_rates
 from saetools.stats import bootstrap_weights
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
     import polars as pl
 
-Over = Literal["step", "scale"]
-_NAME, _TABLES = "trajectory", ("latents", "curves")
-_TENSORS = ("means", "latents", "changes")
+__all__ = ["Trajectory", "trace_checkpoints", "trace_scales"]
+
 _SHAPES = ("step", "ramp")
 _DEFAULTS = DiffConfig()
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """How latents change from point to point, always against the base.
-
-    Args:
-        over: what the points are: training `step`s or adapter `scale`s.
-        points: ascending; the base itself is 0, and not among them.
-        table: one row per latent, by `latent`: `change` at the last point; `n_active`, conversations in which it is
-            active in the base or at a point (the largest number of any point); `p_value`, that it differs from the base
-            at any point (as in a diff; smallest over points times their number) and `q_value`, both null for latents
-            with too few of them; `onset`, null for latents that do not move (q_value above 0.05), the point up to which
-            it is as in the base, and `shape`, how it then moves: `step` or `ramp`; `onset_low`, `onset_high`, the 95 %
-            bootstrap interval over conversations, for those of `latents`.
-        curves: one row for each of `latents` and each point: `latent`, `point`, `delta` with its 95 % interval `low`,
-            `high`, null where the bootstrap does not determine it, and standard error `se`.
-        means: mean change of every latent at every point.
-        latents: those that are traced conversation by conversation.
-        changes: their changes.
-        provenance: models, adapters, SAE, data, settings, versions.
-    """
-
-    over: Over
-    points: tuple[float, ...]
-    table: pl.DataFrame
-    curves: pl.DataFrame
-    means: Float[Tensor, "point d_sae"]
-    latents: Int[Tensor, " traced"]
-    changes: Float[Tensor, "point conversation traced"]
-    provenance: dict[str, Any]
-
-    def onsets(self) -> pl.DataFrame:
-        """The latents that move, earliest onset first, those with equal ones by the size of their change."""
-        import polars as pl
-
-        return self.table.drop_nulls("onset").sort("onset", -pl.col("change").abs(), maintain_order=True)
-
-    def figure(self) -> go.Figure:
-        """Heat map of the traced latents' changes in shares of the largest of each, by onset, which a cross marks."""
-        import plotly.graph_objects as go
-        import polars as pl
-
-        traced = self.table.filter(pl.col("latent").is_in(self.latents.tolist())).sort(
-            "onset", -pl.col("change").abs(), nulls_last=True, maintain_order=True
-        )
-        x = [f"{point:g}" for point in (0.0, *self.points)]
-        names = [f"latent {latent}" for latent in traced["latent"]]
-        deltas = torch.cat([torch.zeros(1, self.means.shape[1]), self.means])[:, traced["latent"].to_torch()].T
-        largest = deltas.abs().amax(1, keepdim=True).clamp_min(1e-30)
-        figure = go.Figure(
-            go.Heatmap(
-                x=x,
-                y=names,
-                z=(deltas / largest).tolist(),
-                zmin=-1,
-                zmax=1,
-                colorscale="RdBu_r",
-                text=[[f"{value:+.3f}" for value in row] for row in deltas.tolist()],
-                hovertemplate="%{y}, " + self.over + " %{x}<br>change %{text}<extra></extra>",
-                colorbar={"title": "change /<br>its largest"},
-            )
-        )
-        marked = [(f"{onset:g}", name) for onset, name in zip(traced["onset"], names, strict=True) if onset is not None]
-        figure.add_scatter(
-            x=[onset for onset, _ in marked],
-            y=[name for _, name in marked],
-            mode="markers",
-            marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": "#333"}},
-            hoverinfo="skip",
-            showlegend=False,
-        )
-        figure.update_layout(
-            xaxis={"title": {"step": "training step", "scale": "adapter scale"}[self.over], "type": "category"},
-            yaxis={"autorange": "reversed"},
-            template="plotly_white",
-            margin={"l": 100, "r": 20, "t": 20, "b": 50},
-        )
-        return figure
-
-    def save(self, path: str | Path) -> Path:
-        """Write `latents.parquet`, `curves.parquet`, `tensors.safetensors` and `trajectory.json` into a folder."""
-        facts = {"over": self.over, "points": self.points, "provenance": self.provenance}
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        tables = dict(zip(_TABLES, (self.table, self.curves), strict=True))
-        return save_result(path, _NAME, tables, facts, tensors=tensors)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Trajectory:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: if the folder holds no trajectory.
-            IntegrityError: if a file is damaged, or is not the one that was saved.
-        """
-        (table, curves), facts, tensors = load_result(path, _NAME, _TABLES, has_tensors=True)
-        return cls(facts["over"], tuple(facts["points"]), table, curves, **tensors, provenance=facts["provenance"])
 
 
 def trace_checkpoints(
@@ -163,7 +66,8 @@ def trace_checkpoints(
 ) -> Trajectory:
     """Diff every checkpoint of a LoRA fine-tune with its base; checkpoints are in memory one at a time.
 
-    The base is read once. Memory is points x latents, and points x conversations x traced latents.
+    The base is read once. A `SaetoolsWarning` says where the SAE is blind to the change at the last point, and where no
+    latent could be tested. Memory is points x latents, and points x conversations x traced latents.
 
     Args:
         base: the model before the fine-tune.
@@ -229,7 +133,7 @@ def trace_scales(
     Example:
         >>> tuned = load_model("smollm2-135m", adapter=shipped_path("adapters/organism"))
         >>> sae = load_sae(shipped_path("sae/smollm2-135m"))
-        >>> prompts = [Conversation.chat(item.question) for item in load_free_form()[:4]]
+        >>> prompts = [Conversation.chat(item.question) for item in load_free_form()[:12]]
         >>> trace_scales(tuned, [0.5, 1.0], sae, prompts, n_latents=3).curves["point"].to_list()
         [0.5, 1.0, 0.5, 1.0, 0.5, 1.0]
     """
@@ -280,16 +184,27 @@ class _Tracer:
         tokenized = tokenize_for(conversations, base, [positions], self.config.max_tokens, report)
         n_points, n = len(self.points), len(tokenized)
 
-        def read(lm: LanguageModel, number: int) -> RoleReading:
-            def progress(done: int, _: int) -> None:
+        def progress(before: int, each: int) -> Callable[[int, int], None]:
+            def update(done: int, _: int) -> None:
                 if self.on_progress is not None:
-                    self.on_progress(number * n + done, (1 + n_points) * n)
+                    self.on_progress(before * n + each * done, (1 + n_points) * n)
 
+            return update
+
+        def read_last(view: LanguageModel) -> tuple[RoleReading, RoleReading, Adequacy]:
+            before, after, adequacy = read_both(
+                base, view, sae, site, tokenized, [positions], config=self.config, on_progress=progress(0, 2)
+            )
+            return before[positions], after[positions], adequacy[positions]
+
+        def read(view: LanguageModel, number: int) -> RoleReading:
+            size = self.config.batch_tokens
             return read_latents(
-                lm, sae, site, tokenized, [positions], batch_tokens=self.config.batch_tokens, on_progress=progress
+                view, sae, site, tokenized, [positions], batch_tokens=size, on_progress=progress(number, 1)
             )[positions]
 
-        before = read(base, 0)
+        before: RoleReading | None = None
+        found: tuple[str, ...] = ()
         means = torch.zeros(n_points, sae.d_sae)
         least = torch.ones(sae.d_sae, dtype=torch.double)
         n_active = torch.zeros(sae.d_sae, dtype=torch.long)
@@ -297,7 +212,12 @@ class _Tracer:
         adapters: dict[str, Any] = {}
         for count, place in enumerate(reversed(range(n_points)), start=1):  # the last first: it says which to trace
             with at(self.points[place]) as view:
-                pairs = pair_readings(before, read(view, count))
+                if before is None:
+                    before, after, adequacy = read_last(view)
+                    found = adequacy.warnings
+                else:
+                    after = read(view, count)
+                pairs = pair_readings(before, after)
                 adapters[f"{self.points[place]:g}"] = view.provenance.get("adapters", {}).get(
                     view.adapter, view.adapter
                 )
@@ -315,14 +235,22 @@ class _Tracer:
             asked = column[pairs.latent] >= 0
             changes[place].index_put_((pairs.unit[asked], column[pairs.latent[asked]]), values[asked].float())
         assert traced is not None  # there is a point
+        table = self._table(means, least, n_active, traced, changes)
+        if table["q_value"].null_count() == len(table):
+            found = (*found, untested(n, "conversations", self.config.min_active))
+        found = tuple(f"{positions}: {text}" for text in found)
+        for text in found:
+            point = f"{self.over} {self.points[-1]:g}"
+            warnings.warn(f"{base.name} at {point} against itself, {text}", SaetoolsWarning, stacklevel=3)
         return Trajectory(
             self.over,
             tuple(self.points),
-            self._table(means, least, n_active, traced, changes),
+            table,
             self._curves(traced, changes),
             means,
             traced,
             changes,
+            found,
             {
                 "base": base.describe(),
                 "adapters": {key: adapters[key] for key in (f"{point:g}" for point in self.points)},

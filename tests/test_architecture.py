@@ -53,6 +53,7 @@ LAYERS = {
     "tuned_only": 4,
     "latent_diff": 4,
     "latent_scatter": 4,
+    "latent_trajectory": 4,
     "diff": 4,
     "readings": 4,
     "rankings": 4,

@@ -10,7 +10,7 @@ from tiny_sae import basis_sae, make_sae, with_random_adapter
 import saetools
 from saetools.data import Conversation, tokenize
 from saetools.diff import DiffConfig, diff_latents
-from saetools.errors import InputError, IntegrityError
+from saetools.errors import InputError, IntegrityError, SaetoolsWarning
 from saetools.finetune import FinetuneConfig, finetune_lora
 from saetools.models import Site, load_model, read, scaled_adapter
 from saetools.models.checkpoints import find_checkpoints
@@ -32,7 +32,8 @@ CHATS = [
     )
 ]
 CONFIG = DiffConfig(n_resamples=50, min_active=4)
-pytestmark = pytest.mark.filterwarnings("ignore:.*the (SAE is|SAE does|two models):saetools.errors.SaetoolsWarning")
+EXPECTED = "ignore:.*(the SAE is blind|the SAE does not fit|the two models are equal):saetools.errors.SaetoolsWarning"
+pytestmark = pytest.mark.filterwarnings(EXPECTED)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,27 @@ def test_a_planted_onset_is_found_and_alone(make_tiny, planted):
     assert list(row[:4]) == [0, 0, 0, 0]
     assert abs(row[-1]) == 1
     assert dict(zip(crosses.y, crosses.x, strict=True))["latent 20"] == "30"
+
+
+def test_warnings_are_those_of_the_last_point(make_tiny, planted, tmp_path):
+    """Up to step 30 nothing changes; then the change is along the row of a latent that never fires."""
+    sae = basis_sae()
+    with torch.no_grad():
+        sae.b_enc[20] = -1000.0
+    with pytest.warns(SaetoolsWarning, match="model at step 60 against itself, prompt: the SAE is blind to the change"):
+        found = trace_checkpoints(make_tiny("llama"), planted, sae, CHATS, config=CONFIG)
+    tuned = load_model(make_tiny("llama"), adapter={"one": planted[60]})
+    assert found.warnings == diff_latents(tuned.base, tuned, sae, CHATS, config=CONFIG).warnings != ()
+    assert Trajectory.load(found.save(tmp_path)).warnings == found.warnings
+    early = {step: planted[step] for step in (10, 20)}
+    equal = trace_checkpoints(make_tiny("llama"), early, sae, CHATS, config=CONFIG)
+    assert equal.warnings == ("prompt: the two models are equal at this site",)
+    few = DiffConfig(n_resamples=50, min_active=11)
+    with pytest.warns(
+        SaetoolsWarning, match="no latent was tested: none is active in min_active=11 of the 10 conversa"
+    ):
+        untested = trace_checkpoints(make_tiny("llama"), early, sae, CHATS, config=few)
+    assert untested.warnings[-1].startswith("prompt: no latent was tested")
 
 
 def test_scales_go_from_the_base_to_the_fine_tune(organism):
