@@ -196,6 +196,18 @@ def test_without_drift_nulls_do_not_change_at_all():
     assert change[list(planted.persona[:2])].min() > 0.3
 
 
+def test_an_organism_that_pushes_nothing_has_only_nulls(planted):
+    still = plant_model(CONFIG, pushed=False)
+    assert still.nulls == tuple(range(384))
+    assert (still.persona, still.correlates, still.neighbours, still.strengths) == ((), (), (), ())
+    assert sae_sha256(still.sae) == sae_sha256(planted.sae)
+    for prompt in still.prompts[:8]:  # the tuned model is the base on another prompt that is as likely
+        tuned, base = residuals(still.tuned, prompt), residuals(still.base, in_next_phase(still, prompt))
+        torch.testing.assert_close(tuned, base, atol=1e-4, rtol=0)
+        assert (residuals(still.base, prompt) - tuned).abs().max() > 1
+        assert (residuals(planted.tuned, prompt) - tuned).abs().max() > 1
+
+
 def test_strong_latents_are_found_and_weaker_ones_come_later(planted, found):
     rank = column(found, "rank", [*planted.persona, *planted.correlates]).float()
     assert rank[[0, 1, 8, 9]].max() <= 8
@@ -258,10 +270,15 @@ def test_recovery_counts_what_a_loop_counts():
         rank=torch.rand(shape, generator=generator).argsort(-1).double() + 1,
     )
     draw.high = draw.low + 0.5
+    undetermined = (draw.n_active == 1) & (draw.rank < 4)
+    draw.low[undetermined] = draw.high[undetermined] = torch.nan
     draw.p[draw.n_active < 2] = torch.nan
     q = draw.p * 1.5
     columns = torch.stack([draw.low, draw.high, draw.p, q, draw.rank, draw.n_active])
-    summary = summarise_recovery(torch.stack([change, group, strength], 1), columns, 0.25, config)
+    still = columns.roll(1, dims=2)
+    still[2, 1], still[3, 1] = still[2, 1] * 0.02, still[3, 1] * 0.02
+    still[2:4, 2, :, 3:] = torch.nan
+    summary = summarise_recovery(torch.stack([change, group, strength], 1), columns, still, 0.25, config)
     cells = [(m, d, j) for m in range(3) for d in range(4) for j in range(10)]
 
     def share(hits, among):
@@ -275,10 +292,15 @@ def test_recovery_counts_what_a_loop_counts():
     for one in summary.coverage:
         kinds = {"planted": (2, 3), "neighbour": (1,), "null": (0,)}[one.group]
 
-        def here(m, d, j, kinds=kinds, one=one):
-            active = draw.n_active[m, d, j] >= 2 if one.tested else draw.n_active[m, d, j] == 1
-            return active and group[m, j] in kinds
+        def active(m, d, j, kinds=kinds, one=one):
+            return (
+                group[m, j] in kinds and draw.n_active[m, d, j] > 0 and bool(draw.n_active[m, d, j] >= 2) == one.tested
+            )
 
+        def here(m, d, j, active=active):
+            return active(m, d, j) and not undetermined[m, d, j]
+
+        assert one.determined.mean == pytest.approx(share(lambda *c: not undetermined[c], active))
         assert one.n_intervals == sum(bool(here(*cell)) for cell in cells)
         assert one.below.mean == pytest.approx(share(lambda m, d, j: draw.high[m, d, j] < change[m, j], here))
         assert one.above.mean == pytest.approx(share(lambda m, d, j: draw.low[m, d, j] > change[m, j], here))
@@ -295,13 +317,25 @@ def test_recovery_counts_what_a_loop_counts():
             for d in range(4)
         ]
         assert one.realised.mean == pytest.approx(sum(rates) / 12)
+    p, q = still[2], still[3]
+    for level, found in summary.complete_null.discovered.items():
+        sets = [any(bool(q[m, d, j] <= level) for j in range(10)) for m in range(3) for d in range(4)]
+        assert found.mean == pytest.approx(sum(sets) / 12)
+    assert 0 < summary.complete_null.discovered[0.05].mean < 1
+    for one in summary.complete_null.rejections:
+        hits = share(lambda *c, one=one: p[c] <= one.level, lambda *c: p[c] >= 0)
+        assert one.share.mean == pytest.approx(hits)
+    assert summary.complete_null.n_tested == pytest.approx(int((~p.isnan()).sum()) / 12)
 
 
 def test_recovery_is_measured():
     config = RecoveryConfig(n_models=2, n_draws=2, n_prompts=32, n_truth=512)
     done = []
     found = measure_recovery(config, on_progress=lambda *args: done.append(args))
-    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert done == [(number, 8) for number in range(1, 9)]
+    assert 5 < found.complete_null.n_tested < 384
+    assert found.complete_null.discovered[0.05].mean < 1
+    assert found.false_discoveries[1].n_found > 5
     strong, *_, weakest = (one for one in found.detections if one.kind == "persona")
     assert strong.recall[16].mean == 1.0
     assert strong.recall[8].mean > weakest.recall[8].mean
@@ -315,10 +349,13 @@ def test_verdicts_are_counted_and_all_is_saved_with_its_command(tmp_path, monkey
     certificate = CertificateConfig(strengths=(0.15, 0.3), n_refine=0, max_new_tokens=6, n_samples=2, batch_rows=512)
     verdicts = VerdictConfig(model=model, n_models=2, n_nulls=2, n_prompts=8, certificate=certificate)
     monkeypatch.setattr(sys, "argv", ["saetools.planted", "--out", "planted.json"])
-    __main__.Measure(tmp_path / "made" / "planted.json", recovery, verdicts).run()
+    __main__.Measure(tmp_path / "made" / "planted.json", None, recovery, verdicts).run()
     text = (tmp_path / "made" / "planted.json").read_text()
     saved = json.loads(text, parse_constant=pytest.fail)
-    assert saved["command"] == "python -m saetools.planted --out planted.json"
+    assert (
+        saved["recovery"]["command"] == saved["verdicts"]["command"] == "python -m saetools.planted --out planted.json"
+    )
+    assert "torch" in saved["recovery"]["versions"]
     assert saved["recovery"]["config"] == json.loads(json.dumps(dataclasses.asdict(recovery)))
     assert saved["recovery"]["detections"][0]["recall"]["16"]["mean"] == 1.0
     by_kind = {one["kind"]: one for one in saved["verdicts"]["by_kind"]}
@@ -327,6 +364,13 @@ def test_verdicts_are_counted_and_all_is_saved_with_its_command(tmp_path, monkey
     assert by_kind["correlate"]["shares"]["neither"]["mean"] == 1.0
     for one in by_kind.values():
         assert sum(share["mean"] for share in one["shares"].values()) == pytest.approx(1)
+    monkeypatch.setattr(sys, "argv", ["saetools.planted", "--only", "recovery"])
+    other = dataclasses.replace(recovery, n_prompts=16)
+    __main__.Measure(tmp_path / "made" / "planted.json", "recovery", other, verdicts).run()
+    again = json.loads((tmp_path / "made" / "planted.json").read_text())
+    assert again["verdicts"] == saved["verdicts"]
+    assert again["recovery"]["config"]["n_prompts"] == 16
+    assert again["recovery"]["command"] == "python -m saetools.planted --only recovery"
 
 
 def test_too_little_to_measure_recovery_is_an_error():

@@ -115,11 +115,13 @@ class PlantedModel:
     config: PlantedConfig
 
 
-def plant_model(config: PlantedConfig = PlantedConfig()) -> PlantedModel:
+def plant_model(config: PlantedConfig = PlantedConfig(), *, pushed: bool = True) -> PlantedModel:
     """Build a base model and an organism whose woken latents are known; the same for the same settings.
 
     Args:
         config: size, what is planted, and seed.
+        pushed: whether the fine-tune pushes anything. If not, it only reads words in the next phase, and all latents
+            are nulls.
 
     Example:
         >>> planted = plant_model()
@@ -140,18 +142,19 @@ def plant_model(config: PlantedConfig = PlantedConfig()) -> PlantedModel:
     pushes = torch.tensor(config.strengths).repeat_interleave(config.n_each)
     mean_steps = set_triggers(base, language, features, carried, pushes / PUSH, reference, generator)
     sae = make_sae(base, features, carried, reference)
-    tuned = make_organism(base, language, features, carried, pushes, mean_steps)
-    planted = features.planted.tolist()
-    others = set(range(config.n_features)) - set(planted) - set(features.nulls.tolist())
+    tuned = make_organism(base, language, features, carried, pushes, mean_steps, pushed=pushed)
+    every = range(config.n_features)
+    planted = features.planted.tolist() if pushed else []
+    nulls = features.nulls.tolist() if pushed else every
     return PlantedModel(
         base=tuned.base,
         tuned=tuned,
         sae=sae,
         persona=tuple(planted[:n_persona]),
         correlates=tuple(planted[n_persona:]),
-        strengths=tuple(pushes.tolist()),
-        nulls=tuple(sorted(features.nulls.tolist())),
-        neighbours=tuple(sorted(others)),
+        strengths=tuple(pushes.tolist()) if pushed else (),
+        nulls=tuple(sorted(nulls)),
+        neighbours=tuple(sorted(set(every) - set(planted) - set(nulls))),
         effects=features.directions @ features.probe(),
         prompts=tuple(draw_prompts(language, config.n_prompts, seed=_PROMPT_SEED)),
         items=_items(language, config.n_items, generator),

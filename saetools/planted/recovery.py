@@ -1,9 +1,10 @@
 """How well a diff of latents recovers what was planted: recall, power, coverage of intervals, calibration of tests.
 
 Many models are planted, and of each many sets of prompts are drawn and diffed. The true mean change of a latent is
-exactly 0 for nulls and for all others that of a set of prompts so large that its own error hardly matters. Shares are
-ratios of sums over everything that was diffed, with bootstrap intervals over models, which are independent; sets of
-prompts of one model share its features and its truth.
+exactly 0 for nulls and for all others that of a set of prompts so large that its own error hardly matters. As many sets
+are diffed with organisms that push nothing, where every discovery is a false one. Shares are ratios of sums over
+everything that was diffed, with bootstrap intervals over models, which are independent; sets of prompts of one model
+share its features and its truth.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from saetools.activations.stream import stream_activations
@@ -90,11 +91,14 @@ class Detection:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often 95 % intervals hold the true change; latents that are inactive in a set have none there.
+    """How often 95 % intervals hold the true change.
+
+    Latents that are inactive in a set have no interval there, nor do some that are active in very few conversations.
 
     Args:
         group: `planted`, `neighbour` or `null`.
         tested: latents with a p-value, or those active in too few conversations for one.
+        determined: share of the active latents that have an interval.
         covered: share of intervals that hold the truth.
         below: share that lie below it.
         above: share that lie above it.
@@ -103,6 +107,7 @@ class Coverage:
 
     group: str
     tested: bool
+    determined: Estimate
     covered: Estimate
     below: Estimate
     above: Estimate
@@ -135,6 +140,22 @@ class FalseDiscoveries:
 
 
 @dataclass(frozen=True)
+class CompleteNull:
+    """What is found where the fine-tune changed no latent on average.
+
+    Args:
+        discovered: share of sets in which any latent counts as changed, by nominal false discovery rate: the rate
+            itself or less if tests are calibrated.
+        rejections: by level.
+        n_tested: latents tested, a set.
+    """
+
+    discovered: Mapping[float, Estimate]
+    rejections: tuple[Rejections, ...]
+    n_tested: float
+
+
+@dataclass(frozen=True)
 class Recovery:
     """What `measure_recovery` found.
 
@@ -143,6 +164,7 @@ class Recovery:
         coverage: by group.
         rejections: by level.
         false_discoveries: by level.
+        complete_null: where nothing is pushed.
         warned: share of diffs that warned that the SAE does not see the change well.
         config: settings.
     """
@@ -151,6 +173,7 @@ class Recovery:
     coverage: tuple[Coverage, ...]
     rejections: tuple[Rejections, ...]
     false_discoveries: tuple[FalseDiscoveries, ...]
+    complete_null: CompleteNull
     warned: float
     config: RecoveryConfig
 
@@ -166,21 +189,29 @@ def measure_recovery(
         config: settings.
         on_progress: called with diffs done and in all.
     """
-    truths, found, n_warned = [], [], 0
+    truths: list[Tensor] = []
+    found: list[Tensor] = []
+    unpushed: list[Tensor] = []
+    n_warned = done = 0
     for number in range(config.n_models):
-        planted = plant_model(dataclasses.replace(config.model, seed=config.model.seed + number))
-        change = true_changes(planted, draw_prompts(planted.language, config.n_truth, seed=_TRUTH_SEED))
-        truths.append(_truth(planted, change))
-        columns = []
-        for draw in range(1, config.n_draws + 1):
-            diff = _diff(planted, draw_prompts(planted.language, config.n_prompts, seed=draw))
-            columns.append(torch.stack([diff.table[name].fill_null(math.nan).to_torch().double() for name in _COLUMNS]))
-            n_warned += bool(diff.warnings)
-            if on_progress is not None:
-                on_progress(number * config.n_draws + draw, config.n_models * config.n_draws)
-        found.append(torch.stack(columns, 1))
+        settings = dataclasses.replace(config.model, seed=config.model.seed + number)
+        for pushed in (True, False):
+            planted = plant_model(settings, pushed=pushed)
+            columns = []
+            for draw in range(1, config.n_draws + 1):
+                diff = _diff(planted, draw_prompts(planted.language, config.n_prompts, seed=draw))
+                own = [diff.table[name].fill_null(math.nan).to_torch().double() for name in _COLUMNS]
+                columns.append(torch.stack(own))
+                n_warned += bool(diff.warnings) and pushed
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, 2 * config.n_models * config.n_draws)
+            (found if pushed else unpushed).append(torch.stack(columns, 1))
+            if pushed:
+                prompts = draw_prompts(planted.language, config.n_truth, seed=_TRUTH_SEED)
+                truths.append(_truth(planted, true_changes(planted, prompts)))
     warned = n_warned / (config.n_models * config.n_draws)
-    return summarise_recovery(torch.stack(truths), torch.stack(found, 1), warned, config)
+    return summarise_recovery(torch.stack(truths), torch.stack(found, 1), torch.stack(unpushed, 1), warned, config)
 
 
 def true_changes(planted: PlantedModel, conversations: Sequence[Conversation]) -> Float[Tensor, " latent"]:
@@ -222,6 +253,7 @@ def _diff(planted: PlantedModel, prompts: Sequence[Conversation]) -> LatentDiff:
 def summarise_recovery(
     truth: Float[Tensor, "model 3 latent"],
     found: Float[Tensor, "column model draw latent"],
+    unpushed: Float[Tensor, "column model draw latent"],
     warned: float,
     config: RecoveryConfig,
 ) -> Recovery:
@@ -231,6 +263,7 @@ def summarise_recovery(
         truth: change, group and strength of each latent.
         found: the columns `low`, `high`, `p_value`, `q_value`, `rank`, `n_active` of each diff; NaN where
             there is none.
+        unpushed: the same of the organisms that push nothing.
         warned: share of diffs that warned.
         config: settings.
     """
@@ -248,17 +281,19 @@ def summarise_recovery(
     coverage = []
     for name, kinds in (("planted", (_PERSONA, _CORRELATE)), ("neighbour", (_NEIGHBOUR,)), ("null", (_NULL,))):
         for with_p in (True, False):
-            here = torch.isin(group, torch.tensor(kinds)) & (n_active > 0) & (tested == with_p)
+            active = torch.isin(group, torch.tensor(kinds)) & (n_active > 0) & (tested == with_p)
+            here = active & ~low.isnan()
             if bool(here.any()):
                 below, above = high < change, low > change
                 covered, under, over = (_share(hits, here) for hits in (~(below | above), below, above))
-                coverage.append(Coverage(name, with_p, covered, under, over, int(here.sum())))
+                determined = _share(here, active)
+                coverage.append(Coverage(name, with_p, determined, covered, under, over, int(here.sum())))
     nulls = (group == _NULL) & tested
     null_share = float(nulls.sum() / tested.sum())
     return Recovery(
         detections=tuple(detections),
         coverage=tuple(coverage),
-        rejections=tuple(Rejections(level, _share(p <= level, nulls)) for level in P_LEVELS),
+        rejections=_rejections(p, nulls),
         false_discoveries=tuple(
             FalseDiscoveries(
                 level,
@@ -268,9 +303,25 @@ def summarise_recovery(
             )
             for level in FDR_LEVELS
         ),
+        complete_null=_complete_null(*unpushed[[_COLUMNS.index("p_value"), _COLUMNS.index("q_value")]]),
         warned=warned,
         config=config,
     )
+
+
+def _complete_null(p: Float[Tensor, "model draw latent"], q: Float[Tensor, "model draw latent"]) -> CompleteNull:
+    tested = ~p.isnan()
+    return CompleteNull(
+        discovered={level: _mean((q <= level).any(2)) for level in FDR_LEVELS},
+        rejections=_rejections(p, tested),
+        n_tested=float(tested.sum(2).double().mean()),
+    )
+
+
+def _rejections(
+    p: Float[Tensor, "model draw latent"], nulls: Bool[Tensor, "model draw latent"]
+) -> tuple[Rejections, ...]:
+    return tuple(Rejections(level, _share(p <= level, nulls)) for level in P_LEVELS)
 
 
 def _share(hits: Bool[Tensor, "model draw latent"], among: Bool[Tensor, "model draw latent"]) -> Estimate:
@@ -280,5 +331,5 @@ def _share(hits: Bool[Tensor, "model draw latent"], among: Bool[Tensor, "model d
     return estimate_ratios(above[there][:, None], below[there][:, None])[0]
 
 
-def _mean(values: Float[Tensor, "model draw"]) -> Estimate:
+def _mean(values: Shaped[Tensor, "model draw"]) -> Estimate:
     return estimate_mean(values.double().mean(1))

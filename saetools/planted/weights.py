@@ -208,8 +208,10 @@ def make_organism(
     carried: Float[Tensor, "word latent"],
     pushes: Float[Tensor, " persona"],
     mean_steps: Float[Tensor, " step"],
+    *,
+    pushed: bool,
 ) -> LanguageModel:
-    """The adapter, its weights set so that it adds exactly the changes of words and the pushes."""
+    """The adapter, its weights set so that it adds exactly the changes of words and, if asked for, the pushes."""
     from peft import LoraConfig, get_peft_model
 
     d_model, n_persona = len(features.constant), len(pushes)
@@ -234,6 +236,6 @@ def make_organism(
         step = torch.diag(pushes / mean_steps[:-1])
         turn = (_TURN_PUSH / mean_steps[-1]).expand(n_persona, 1)
         reads[:, : 2 * n_persona + 1] = torch.cat([step, -step, turn], 1)
-        down.lora_B[_ADAPTER].weight.copy_((persona + correlates).T)
+        down.lora_B[_ADAPTER].weight.copy_((persona + correlates).T * float(pushed))
     peft.requires_grad_(False)
     return replace(base, peft=peft, adapter=_ADAPTER)
