@@ -164,6 +164,7 @@ def run_demo(
             },
             "versions": versions(),
         },
+        warnings=(*diff.warnings, *(f"benign twin: {text}" for text in twin_diff.warnings)),
     )
     write_report(report, out)
     return report

@@ -47,6 +47,8 @@ def test_report_json_holds_what_it_promises(run: Path) -> None:
     assert controls == ["none", "equal_norm", "equal_perplexity"] * 2
     assert 0 < report["sae"]["all"]["fvu_low"] < report["sae"]["all"]["fvu"] < 0.5
     assert report["provenance"]["diff"]["base"]["gguf_sha256"]
+    told = json.loads((run / "diff.json").read_text(encoding="utf-8"))["warnings"]
+    assert [text for text in report["warnings"] if not text.startswith("benign twin: ")] == told
     assert str(Path.home()) not in json.dumps(report)
 
 

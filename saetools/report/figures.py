@@ -88,7 +88,7 @@ def describe_latents(report: PersonaReport) -> str:
     """The latent figure in words."""
     rows = report.top_latents
     first = max(rows, key=lambda row: row.delta)
-    above = sum(row.low > 0 for row in rows)
+    above = sum(row.low is not None and row.low > 0 for row in rows)
     sentences = [
         f"{above} of {len(rows)} intervals lie above zero. Largest: latent {first.latent}, "
         f"{mean_and_interval(first.delta, first.low, first.high, signed=True)}."
@@ -183,12 +183,13 @@ def _figure(*, height: int, x_title: str, y_title: str = "") -> go.Figure:
     return figure
 
 
-def _bars(means: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> dict[str, Any]:
+def _bars(means: Sequence[float], lows: Sequence[float | None], highs: Sequence[float | None]) -> dict[str, Any]:
+    """Error bars; none where an end of the interval is not known."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [high - mean for mean, high in zip(means, highs, strict=True)],
-        "arrayminus": [mean - low for mean, low in zip(means, lows, strict=True)],
+        "array": [None if high is None else high - mean for mean, high in zip(means, highs, strict=True)],
+        "arrayminus": [None if low is None else mean - low for mean, low in zip(means, lows, strict=True)],
         "thickness": 1.75,
         "width": 0,
     }

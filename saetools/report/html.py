@@ -21,6 +21,7 @@ from saetools.report.figures import (
 from saetools.report.tables import (
     INTERVALS,
     SECTIONS,
+    WARNINGS,
     dose_table,
     facts_table,
     fidelity_table,
@@ -64,6 +65,7 @@ def render_html(report: PersonaReport) -> str:
         report=report,
         sections=SECTIONS,
         intervals=INTERVALS,
+        warnings=WARNINGS,
         scores=score_table(report),
         scores_figure=_figure_json(score_figure(report)) if report.scores else None,
         scores_summary=describe_scores(report.scores),

@@ -11,6 +11,7 @@ from saetools.report.figures import describe_latents
 from saetools.report.tables import (
     INTERVALS,
     SECTIONS,
+    WARNINGS,
     Cell,
     Column,
     Table,
@@ -37,6 +38,9 @@ def _blocks(report: PersonaReport) -> Iterator[str]:
     yield f"# {_escape(report.title)}"
     yield from _section("findings")
     yield "\n".join(f"- {_line(finding)}" for finding in report.findings) or "None recorded."
+    if report.warnings:
+        yield _line(WARNINGS)
+        yield "\n".join(f"- {_line(text)}" for text in report.warnings)
     yield from _section("behaviour")
     yield _line(INTERVALS)
     yield _table(score_table(report))

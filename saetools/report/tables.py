@@ -62,6 +62,7 @@ SECTIONS: Mapping[str, Section] = {
 
 _NONE = "\u2013"
 INTERVALS = "Intervals are 95 % bootstrap intervals over questions or conversations."
+WARNINGS = "Warnings: what speaks against trusting the comparison of latents."
 
 _MEASURES: Mapping[str, tuple[str, str]] = {
     "fvu": ("FVU", "fraction of variance unexplained; 0 is perfect"),
@@ -262,7 +263,7 @@ def _estimate_cell(value: Estimate | None, *, signed: bool = False) -> Cell:
     return _interval_cell(value.mean, value.low, value.high, signed=signed)
 
 
-def _interval_cell(mean: float, low: float, high: float, *, signed: bool = False) -> Cell:
+def _interval_cell(mean: float, low: float | None, high: float | None, *, signed: bool = False) -> Cell:
     return Cell(*interval(mean, low, high, signed=signed), sort=mean)
 
 

@@ -29,8 +29,9 @@ class LatentRow:
     latent: int
     rank: int
     delta: float
-    low: float
-    high: float
+    low: float | None
+    """Lower end of the change's interval; `None` where the bootstrap does not determine it."""
+    high: float | None
     effect: float
     mean_base: float
     mean_tuned: float
@@ -88,6 +89,7 @@ class PersonaReport:
         sae: fidelity and description of the SAE.
         settings: how the run was made, in words or numbers by name.
         provenance: models, data, seeds, versions, command.
+        warnings: why not to trust the diffs that latents were chosen by, such as an SAE that is blind to the change.
     """
 
     title: str
@@ -100,6 +102,7 @@ class PersonaReport:
     sae: Mapping[str, Any]
     settings: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The report as JSON text; lone surrogates, which UTF-8 cannot hold, stand as escapes."""
@@ -136,6 +139,7 @@ class PersonaReport:
                 sae=raw["sae"],
                 settings=raw["settings"],
                 provenance=raw["provenance"],
+                warnings=tuple(raw.get("warnings", ())),  # reports of before they were looked for have none
             )
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path} is not a report of saetools ({error!r}); make it again") from error

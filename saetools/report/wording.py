@@ -57,15 +57,15 @@ def estimate(value: Estimate, *, signed: bool = False) -> str:
     return mean_and_interval(value.mean, value.low, value.high, signed=signed)
 
 
-def mean_and_interval(mean: float, low: float, high: float, *, signed: bool = False) -> str:
-    """A mean and its interval in brackets."""
+def mean_and_interval(mean: float, low: float | None, high: float | None, *, signed: bool = False) -> str:
+    """A mean and its interval in brackets; ends that are not known are undefined."""
     return " ".join(interval(mean, low, high, signed=signed))
 
 
-def interval(mean: float, low: float, high: float, *, signed: bool = False) -> tuple[str, str]:
+def interval(mean: float, low: float | None, high: float | None, *, signed: bool = False) -> tuple[str, str]:
     """A mean, and its interval in brackets, with as many digits as it takes to see on which side of zero they lie."""
-    ends = (mean, low, high)
-    digits = next((d for d in (3, 4, 5) if all(x == 0 or abs(x) >= 0.5 * 10**-d for x in ends)), 3)
+    ends = [math.nan if value is None else value for value in (mean, low, high)]
+    digits = next((d for d in (3, 4, 5) if all(not abs(x) < 0.5 * 10**-d for x in ends if x != 0)), 3)
     middle, left, right = (number(x, digits, signed=signed) for x in ends)
     return middle, f"[{left}, {right}]"
 

@@ -12,6 +12,7 @@ import pytest
 from saetools.errors import InputError
 from saetools.report import PersonaReport, render_markdown, write_report
 from saetools.report.doses import group_doses
+from saetools.report.figures import latent_figure
 from saetools.report.tables import dose_table, fidelity_table, latent_table, score_table
 
 
@@ -62,6 +63,34 @@ def test_a_finding_begins_nothing_else(report: PersonaReport, start: str) -> Non
 def test_an_empty_report_has_every_section() -> None:
     text = render_markdown(PersonaReport("Nothing", (), (), (), (), {}, (), {}, {}))
     assert text.count("\n## ") == 7
+
+
+def test_warnings_stand_under_the_findings_or_not_at_all(report: PersonaReport, tmp_path: Path) -> None:
+    warned = dataclasses.replace(report, warnings=("response: the SAE is blind", "# <b>twin</b>"))
+    text = render_markdown(warned)
+    first = text.index("- response: the SAE is blind")
+    assert text.index("## Findings") < text.index("Warnings: ") < first < text.index("## Behaviour")
+    assert "- \\# &lt;b>twin" in text
+    assert "Warnings: " not in render_markdown(report)
+    paths = write_report(warned, tmp_path, formats=("json",))
+    assert PersonaReport.from_json(paths["json"]) == warned
+    raw = json.loads(paths["json"].read_text(encoding="utf-8"))
+    del raw["warnings"]  # as in the reports of before
+    paths["json"].write_text(json.dumps(raw), encoding="utf-8")
+    assert PersonaReport.from_json(paths["json"]).warnings == ()
+
+
+def test_intervals_without_ends_are_shown_as_such(report: PersonaReport, tmp_path: Path) -> None:
+    rows = [dataclasses.replace(row, low=None, high=None) for row in report.top_latents[:2]]
+    some = dataclasses.replace(report, top_latents=(*rows, *report.top_latents[2:]))
+    text = render_markdown(some)
+    assert text.count("undefined, undefined") == 2 + 1  # the largest is told in words, too
+    paths = write_report(some, tmp_path)
+    assert PersonaReport.from_json(paths["json"]) == some
+    assert "undefined, undefined" in paths["html"].read_text(encoding="utf-8")
+    bars = latent_figure(some).data[1].error_x
+    assert list(bars.array[:2]) == [None, None]
+    assert bars.array[2] > 0
 
 
 def test_json_round_trip(report: PersonaReport, tmp_path: Path) -> None:

@@ -206,3 +206,14 @@ def test_fidelity_on_several_models(report: PersonaReport) -> None:
         for header in ("base", "tuned", "FVU", "0.100", "[0.080, 0.120]", "0.350", "\u2013")
         if header not in table
     ] == []
+
+
+def test_warnings_are_drawn(report: PersonaReport) -> None:
+    html = render_html(
+        dataclasses.replace(report, warnings=("response: the SAE is blind", "<script>alert(1)</script>"))
+    )
+    notes = [attributes for attributes in Page(html).attributes("div") if attributes.get("class") == "warnings"]
+    assert len(notes) == 1
+    assert "<li>response: the SAE is blind</li>" in html
+    assert "<li>&lt;script&gt;" in html
+    assert 'class="warnings"' not in render_html(report)
