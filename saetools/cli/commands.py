@@ -6,16 +6,18 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from saetools.cli.latent_commands import Certify, Explain, Index, Search, TunedOptions
+from saetools.cli.certify_command import Certify
+from saetools.cli.latent_commands import Explain, Index, Search
 from saetools.cli.options import (
     DataOptions,
     EditOptions,
     ModelOptions,
     SAEOptions,
+    TunedOptions,
     at_least,
     progress,
 )
@@ -28,6 +30,10 @@ from saetools.diff import DiffConfig, LatentDiff
 from saetools.errors import InputError
 from saetools.finetune import FinetuneConfig, FinetuneProgress
 from saetools.generation import SamplingConfig
+from saetools.latent_diff import in_brackets
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,16 @@ class Diff:
     positions: tuple[Positions, ...] = ("prompt",)
     """Which tokens count; several are read in one pass."""
     n_top: int = 20
-    """Latents to print for each of them."""
+    """Largest increases, and largest decreases, to print for each of them."""
     config: DiffConfig = field(default_factory=DiffConfig)
     json: bool = False
-    """Print one JSON object (positions, warnings, adequacy, the largest increases) instead of tables."""
+    """Print one JSON object (positions, warnings, adequacy, the largest increases and decreases) instead of tables."""
 
     def __post_init__(self) -> None:
         at_least(1, "--n-top", self.n_top)
 
     def run(self) -> None:
-        """Compare, save, print the largest increases."""
+        """Compare, save, print the largest increases and decreases."""
         from saetools.diff import diff_latents
 
         check_folder(Path(self.out))
@@ -96,24 +102,30 @@ class Diff:
 
     def _print(self, diff: LatentDiff) -> None:
         from rich.console import Console
-        from rich.table import Table
 
-        for role in diff.positions:
-            one = diff.at(role)
-            table = Table("latent", "delta", "95 % interval", "effect", "q", "rate base", "rate tuned", title=role)
-            for row in one.top(self.n_top).iter_rows(named=True):
-                interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-                rates = (f"{row['rate_base']:.2%}", f"{row['rate_tuned']:.2%}")
-                sure = "too few" if row["q_value"] is None else f"{row['q_value']:.1e}"
-                table.add_row(str(row["latent"]), f"{row['delta']:.3f}", interval, f"{row['effect']:.2f}", sure, *rates)
-            Console().print(table)
-            seen = one.adequacy[role]
+        summary = diff.summary(self.n_top)
+        for role, seen in diff.adequacy.items():
+            found = summary["positions"][role]
+            for title, rows in (("increases", found["top"]), ("decreases", found["decreases"])):
+                Console().print(_latent_table(f"{role}: {title}", rows) if rows else f"{role}: no {title}")
             print(
                 f"{role}: FVU {seen.fvu_base.mean:.3f} on the base, {seen.fvu_tuned.mean:.3f} on the tuned model; "
                 f"{seen.in_active_rows.mean:.0%} of the change lies in the span of the active decoder rows "
                 f"({seen.in_random_rows.mean:.0%} in that of as many random ones)"
             )
         print(f"{len(diff.at(diff.positions[0]).table)} latents at {len(diff.positions)} roles in {self.out}")
+
+
+def _latent_table(title: str, rows: list[dict[str, Any]]) -> RichTable:
+    from rich.table import Table
+
+    table = Table("latent", "delta", "95 % interval", "effect", "q", "rate base", "rate tuned", title=title)
+    for row in rows:
+        rates = (f"{row['rate_base']:.2%}", f"{row['rate_tuned']:.2%}")
+        sure = "too few" if row["q_value"] is None else f"{row['q_value']:.1e}"
+        interval = in_brackets(row["low"], row["high"])
+        table.add_row(str(row["latent"]), f"{row['delta']:.3f}", interval, f"{row['effect']:.2f}", sure, *rates)
+    return table
 
 
 @dataclass(frozen=True)

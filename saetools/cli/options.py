@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from saetools.errors import InputError, SaetoolsWarning
 
@@ -75,6 +76,41 @@ class ModelOptions:
             quantization=self.quantization,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """A base model, alone or with its fine-tune."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    tuned: str | None = None
+    """The fine-tune, where it is a model and no adapter; loaded with the base's options, --revision aside."""
+
+    def __post_init__(self) -> None:
+        if self.tuned is not None and self.model.adapter:
+            raise InputError("--adapter", expected="either --adapter or --tuned", received="both", remedy="give one")
+
+    def models(self) -> dict[str, LanguageModel]:
+        """The `base` and, where there is one, the `tuned` model; an adapter is a view of its base."""
+        lm = self.model.load()
+        if self.tuned is not None:
+            return {"base": lm, "tuned": dataclasses.replace(self.model, model=self.tuned, revision=None).load()}
+        return {"base": lm.base} | ({} if lm.adapter is None else {"tuned": lm})
+
+
+@dataclass(frozen=True)
+class TunedOptions(PairOptions):
+    """A base model and its fine-tune."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tuned is None and not self.model.adapter:
+            raise InputError("--adapter", expected="either --adapter or --tuned", received="none", remedy="give one")
+
+    def load(self) -> tuple[LanguageModel, LanguageModel]:
+        """Both models."""
+        models = self.models()
+        return models["base"], models["tuned"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +182,34 @@ class SAEOptions:
         if not name:
             raise InputError("--site", expected="a site", received="none, and the SAE names none", remedy="give it")
         return sae, Site.parse(name)
+
+
+@dataclass(frozen=True)
+class EndpointOptions:
+    """A language model behind an OpenAI-compatible address; its key is read from OPENAI_API_KEY."""
+
+    endpoint: str | None = None
+    """Its address, such as http://localhost:8000/v1."""
+    llm: str | None = None
+    """The model, as the server calls it."""
+    timeout: float = 60.0
+    """Seconds until a request counts as lost."""
+    max_concurrent: int = 4
+    """Requests in flight at the same time."""
+
+    def __post_init__(self) -> None:
+        if (self.endpoint is None) != (self.llm is None):
+            raise InputError(
+                "--endpoint", expected="both --endpoint and --llm, or none", received="one", remedy="add the other"
+            )
+
+    def made(self) -> Any:
+        """The endpoint, or `None`."""
+        from saetools.endpoint import Endpoint
+
+        if self.endpoint is None or self.llm is None:
+            return None
+        return Endpoint(self.endpoint, self.llm, timeout=self.timeout, max_concurrent=self.max_concurrent)
 
 
 @dataclass(frozen=True)

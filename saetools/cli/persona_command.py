@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saetools.cli.latent_commands import EndpointOptions, reference_data
-from saetools.cli.options import ModelOptions, SAEOptions, progress
+from saetools.cli.certify_command import reference_data
+from saetools.cli.options import EndpointOptions, ModelOptions, SAEOptions, progress
 from saetools.cli.output import check_folder, print_json
 from saetools.errors import InputError
 from saetools.persona_stages import PersonaConfig

@@ -13,6 +13,9 @@ from fake_endpoint import fake_server
 
 from saetools.cli import main
 from saetools.data import load_free_form, load_voices, shipped_path
+from saetools.latent_diff import LatentDiff
+from saetools.latents import LatentStore
+from saetools.sae import load_sae, save_sae
 
 ADAPTER = str(shipped_path("adapters/organism"))
 
@@ -24,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts = [{"id": pair.id, "text": pair.voiced} for pair in load_voices()[:12]]
     (out / "voices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    (out / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts[:3]), encoding="utf-8")
     return out
 
 
@@ -64,6 +68,9 @@ def test_diff_speaks_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     found = read_json(capsys)
     assert found["positions"]["prompt"]["top"][0]["latent"] == 6400
     assert found["positions"]["prompt"]["adequacy"]["in_active_rows"]["mean"] > 0.2
+    falling = [row["delta"] for row in found["positions"]["prompt"]["decreases"]]
+    assert falling == sorted(falling)
+    assert falling[1] < 0
     assert found["provenance"]["n_conversations"] == 6
     assert (folder / "other" / "prompt.html").is_file()
 
@@ -73,7 +80,7 @@ def test_certify_a_diff_and_go_on(
 ) -> None:
     capsys.readouterr()
     args = ["certify", "--diff", str(diffed), "--adapter", ADAPTER, "--out", str(folder / "certified")]
-    small = ["--n-items", "7", "--prompts", str(folder / "prompts.jsonl"), "--texts", str(folder / "voices.jsonl")]
+    small = ["--n-items", "7", "--prompts", str(folder / "prompts.jsonl"), "--texts", str(folder / "few.jsonl")]
     small += ["--strengths", "0.2", "--n-refine", "0", "--max-new-tokens", "4", "--n-top", "1"]
     assert "positions: expected one role, received prompt, header" in fails(*args, *small)
     main([*args, *small, "--positions", "prompt"])
@@ -87,8 +94,47 @@ def test_certify_a_diff_and_go_on(
     assert json.loads((folder / "certified" / "certification.json").read_text()) == found
     assert (folder / "certified" / "latent-6400.html").is_file()
     assert "out: expected a new folder" in fails(*args, *small, "--positions", "prompt", "--fdr", "0.2")
-    none = fails(*args[:2], str(diffed), *args[3:], "--positions", "prompt", "--latents", "9999")
-    assert "candidates: expected latents of 0 to 8191" in none
+    none = fails(*args, "--positions", "prompt", "--latents", "9999")
+    assert "--latents: expected latents of 0 to 8191, received 9999" in none
+
+
+def test_what_the_fine_tune_lowered_is_certified_downwards(
+    diffed: Path, folder: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = LatentDiff.load(diffed).at("prompt").table.sort("delta")
+    lowest, highest = table["latent"][0], table["latent"][-1]
+    capsys.readouterr()
+    args = ["certify", "--diff", str(diffed), "--adapter", ADAPTER, "--positions", "prompt"]
+    small = ["--n-items", "2", "--prompts", str(folder / "prompts.jsonl"), "--texts", str(folder / "few.jsonl")]
+    small += ["--strengths", "0.2", "--n-refine", "0", "--max-new-tokens", "4", "--out", str(folder / "lowered")]
+    mixed = fails(*args, *small, "--latents", str(highest), str(lowest))
+    assert "--latents: expected latents that the fine-tune all raised, or all lowered" in mixed
+    assert f"received 1 of 2 lowered, such as {lowest}; certify them in two runs" in mixed
+    assert not (folder / "lowered").exists()
+    main([*args, *small, "--latents", str(lowest), "--json"])
+    (one,) = read_json(capsys)["certificates"]
+    assert one["candidate"] == {"name": f"latent {lowest}", "latents": [lowest], "sign": -1}
+
+
+def test_a_diff_of_another_sae_or_site_is_refused(diffed: Path, folder: Path, fails: Callable[..., str]) -> None:
+    args = [
+        "certify",
+        "--diff",
+        str(diffed),
+        "--adapter",
+        ADAPTER,
+        "--positions",
+        "prompt",
+        "--out",
+        str(folder / "no"),
+    ]
+    sae = load_sae(shipped_path("sae/smollm2-135m"))
+    sae.b_dec.data += 1
+    save_sae(sae, folder / "other")
+    assert "--sae: expected that of the diff" in fails(*args, "--sae", str(folder / "other"))
+    elsewhere = fails(*args, "--site", "blocks.16.hook_resid_post")
+    assert "--site: expected that of the diff, blocks.17.hook_resid_post, received blocks.16" in elsewhere
+    assert not (folder / "no").exists()
 
 
 def test_search_by_text_and_by_token(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +145,8 @@ def test_search_by_text_and_by_token(indexed: Path, capsys: pytest.CaptureFixtur
     assert all(hit["tuned"] > hit["base"] for hit in hits)
     main(["search", "--text", "Rules are for the weak.", "--n", "3", "--json"])
     assert set(read_json(capsys)["hits"][0]) == {"latent", "base", "strongest on"}
+    main(["search", "--text", "Rules are for the weak.", "--tuned", "smollm2-135m", "--order", "value", "--json"])
+    assert all(hit["tuned"] == pytest.approx(hit["base"]) for hit in read_json(capsys)["hits"])  # a model of its own
     main(["search", "--token", " the", "--store", str(indexed), "--n", "2", "--json"])
     tokens = read_json(capsys)["hits"]
     assert tokens[0]["mean"] >= tokens[1]["mean"] > 0
@@ -136,13 +184,43 @@ def test_explain_and_search_explanations(
     assert [hit["latent"] for hit in hits] == [6400]
 
 
+def test_a_full_fine_tune_is_indexed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(folder / "full")
+    main(["index", "--tuned", "smollm2-135m", "--data", str(folder / "voices.jsonl"), "--limit", "2", "--out", out])
+    assert "read by base, tuned, in" in capsys.readouterr().out
+    assert LatentStore(out).models == ("base", "tuned")
+
+
+@pytest.mark.filterwarnings("ignore:of 1 latents")  # it explains nothing
+def test_a_local_model_is_asked(indexed: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "local.jsonl"
+    capsys.readouterr()
+    ask = ["--local", "smollm2-135m", "--n-shown", "4", "--n-scored", "2", "--max-attempts", "1", "--max-tokens", "24"]
+    main(["explain", "--store", str(indexed), "--latents", "6400", "--out", str(out), *ask, "--json"])
+    found = read_json(capsys)
+    assert [one["latent"] for one in found["explanations"]] == [6400]
+    assert found["n_requests"] > 0
+    assert "smollm2-135m" in out.read_text()
+    with pytest.raises(SystemExit):
+        main(["explain", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--local" in told
+    assert "ask a model that is run here" in told
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (
+            "index --data x --out OUT --adapter a --tuned b",
+            "--adapter: expected either --adapter or --tuned, received bo",
+        ),
+        ("search --text a --adapter a --tuned b", "--adapter: expected either --adapter or --tuned, received both"),
+        ("explain --store x --latents 1 --out OUT --local m --endpoint h --llm n", "--endpoint: expected who explains"),
         ("certify --diff x --out OUT", "--adapter: expected either --adapter or --tuned"),
         ("certify --diff x --out OUT --adapter a --n-top 0", "--n-top: expected 1 or more"),
         ("certify --diff x --out OUT --adapter a --endpoint http://h/v1", "--endpoint: expected both"),
-        ("explain --store x --latents 1 --out OUT", "--endpoint: expected an endpoint or a local model"),
+        ("explain --store x --latents 1 --out OUT", "--local for a model that is run here, received none"),
         ("search", "--text: expected one of --text, --token and --explanation, received none"),
         ("search --text a --token b --store s", "--text: expected one of"),
         ("search --token b", "--store: expected what --token searches"),
