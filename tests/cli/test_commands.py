@@ -16,6 +16,7 @@ import saetools.models
 from saetools.cli import main
 from saetools.cli.options import EditOptions, ModelOptions, SAEOptions
 from saetools.errors import InputError
+from saetools.latent_diff import LatentDiff
 from saetools.models import LanguageModel, Site
 from saetools.sae import SAE, TopK, load_sae, save_sae
 
@@ -105,7 +106,15 @@ def test_finetune_then_diff(folder: Path, trained: tuple[Path, str], capsys: pyt
     out = folder / "diff"
     models = ["--adapter", adapter, "--sae", str(trained[0])]
     main(["diff", *models, "--data", chats, "--positions", "response", "--out", str(out), "--n-top", "3"])
-    assert "128 latents" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "128 latents" in printed
+    parts = printed.split("response: decreases")
+    assert "response: increases" in parts[0]
+    found = LatentDiff.load(out)
+    for part, decreases in zip(parts, (False, True), strict=True):
+        for row in found.top(3, decreases=decreases).iter_rows(named=True):
+            assert str(row["latent"]) in part
+            assert f"{row['delta']:.3f}" in part
     assert {path.name for path in out.iterdir()} == {
         "latents.parquet",
         "conversations.parquet",
