@@ -20,7 +20,7 @@ from saetools.evaluate.certificate import Certification
 from saetools.evaluate.coherence import Judge
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
-from saetools.persona_stages import PersonaConfig, Stages, n_changed, overlap_of, rows_of
+from saetools.persona_stages import PersonaConfig, Stages, n_changed, overlap_of, rows_of, warnings_of
 from saetools.provenance import plain, write_json
 from saetools.rankings import Rankings
 from saetools.readings import ChangeSplit
@@ -125,7 +125,7 @@ def find_persona(
                 name: {
                     "held_out": name in held_out,
                     **scores[name],
-                    "warnings": list(diff.warnings),
+                    "warnings": warnings_of(diff, splits.get(name), trajectories.get(name)),
                     "adequacy": {role: one.to_json() for role, one in diff.adequacy.items()},
                     "n_changed": {role: n_changed(diff.at(role)) for role in diff.positions},
                 }

@@ -353,6 +353,11 @@ def overlap_of(rankings: Rankings, n: int) -> list[dict[str, Any]]:
     return rankings.overlap(n).to_dicts() if n else []
 
 
+def warnings_of(*results: LatentDiff | ChangeSplit | Trajectory | None) -> list[str]:
+    """What stands in the way of reading an organism's results, each warning once."""
+    return list(dict.fromkeys(text for one in results if one is not None for text in one.warnings))
+
+
 def rows_of(table: pl.DataFrame, latents: Sequence[int]) -> list[dict[str, Any]]:
     """A table's rows of some latents, in their order; its row number is the latent."""
     return [table.row(latent, named=True) for latent in latents]
