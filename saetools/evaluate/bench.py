@@ -32,7 +32,7 @@ from saetools.models.site import Site
 from saetools.provenance import sha256_of_texts, versions
 from saetools.sae.identity import sae_sha256
 from saetools.sae.model import SAE
-from saetools.significance import sign_flip_p_values
+from saetools.significance import mean_p_values
 from saetools.stats import Estimate, estimate_mean, estimate_ratios
 from saetools.steer import LatentEdit, Scope, add_direction, median_norm
 
@@ -371,5 +371,5 @@ def _described(judge: Judge | None) -> Any:
 
 def _one_sided(values: Float[Tensor, " item"]) -> float:
     """p-value that the mean is above 0."""
-    p = float(sign_flip_p_values(values, torch.zeros(len(values), dtype=torch.long), 1))
+    p = float(mean_p_values(values, torch.zeros(len(values), dtype=torch.long), 1))
     return p / 2 if float(values.mean()) > 0 else 1 - p / 2

@@ -61,10 +61,9 @@ def certify_latents(
     Each is steered over all strengths on both models; the answers of a round of candidates at all strengths are one
     batched generation. The largest strength with coherent answers is searched; there, the score has to beat the
     unedited model, random directions of equal norm, random latents, and random directions of equal perplexity. An
-    effect holds if the largest of the four one-sided sign-flip p-values over items passes Benjamini and Hochberg's rule
-    over all candidates and both models, and if it makes up a share of the organism's shift that counts (where the
-    organism has one). The strength is
-    chosen by coherence alone, which favours no verdict.
+    effect holds if the largest of the four one-sided p-values over items (`significance.mean_p_values`) passes
+    Benjamini and Hochberg's rule over all candidates and both models, and if it makes up a share of the organism's
+    shift that counts (where the organism has one). The strength is chosen by coherence alone, which favours no verdict.
 
     Args:
         base: the model before the fine-tune.
