@@ -110,15 +110,15 @@ def find_persona(
         rankings[name] = search.rankings(name, diffs[name])
         tell("split", name)
         splits[name] = search.split(name)
-    chosen = search.candidates(consensus)
+    chosen = search.candidates(consensus, rankings)
     trajectories: dict[str, Trajectory] = {}
     for name, folder in traced.items():
         tell("trajectory", name)
-        trajectories[name] = search.trajectory(name, folder, read, chosen or None)
+        trajectories[name] = search.trajectory(name, folder, read, list(chosen) or None)
     certifications: dict[str, Certification] = {}
     for name in organisms if chosen else ():
         tell("certify", name)
-        certifications[name] = search.certify(name, chosen, diffs, judge)
+        certifications[name] = search.certify(name, list(chosen), diffs, judge)
     result: dict[str, Any] = plain(
         {
             "organisms": {
@@ -133,14 +133,14 @@ def find_persona(
             },
             "base": scores["base"],
             "role": config.role,
-            "candidates": chosen,
-            "latents": search.listed(consensus, diffs, rankings, splits, trajectories),
+            "candidates": [{"latent": latent, "by": by} for latent, by in chosen.items()],
+            "latents": search.listed(chosen, consensus, diffs, rankings, splits, trajectories),
             "kinds": dict(consensus.table["kind"].value_counts().iter_rows()),
             "replication": consensus.replication.to_dicts(),
-            "held_out": consensus.held_out.filter(pl.col("latent").is_in(chosen)).to_dicts(),
+            "held_out": consensus.held_out.filter(pl.col("latent").is_in(list(chosen))).to_dicts(),
             "overlap": {name: overlap_of(one, config.n_overlap) for name, one in rankings.items()},
             "representation": {name: dataclasses.asdict(one.share) for name, one in splits.items()},
-            "onsets": {name: rows_of(one.table, chosen) for name, one in trajectories.items()},
+            "onsets": {name: rows_of(one.table, list(chosen)) for name, one in trajectories.items()},
             "certifications": {name: one.to_json() for name, one in certifications.items()},
             "settings": dataclasses.asdict(config),
             "provenance": search.identity,

@@ -52,7 +52,8 @@ class PersonaConfig:
     role: Positions = "response"
     """The one whose changes rank latents."""
     n_candidates: int = 10
-    """Latents that are certified, one by one and together: the first that changed alike in all selection organisms."""
+    """Latents that are certified, one by one and together: of those that rose in all selection organisms, the first by
+    increase and the first by attribution, in turn."""
     n_listed: int = 50
     """Latents in the result."""
     n_overlap: int = 100
@@ -238,12 +239,21 @@ class Stages:
             ),
         )
 
-    def candidates(self, consensus: Consensus) -> list[int]:
-        """The first latents that changed in all selection organisms, upwards; maybe none."""
+    def candidates(self, consensus: Consensus, rankings: Mapping[str, Rankings]) -> dict[int, str]:
+        """Latents that rose in all selection organisms, and which ranking chose them; maybe none.
+
+        Increase and attribution choose in turn: what rose most is often style, and attribution finds what answers hang
+        on, but not what the fine-tune did.
+        """
         import polars as pl
 
-        core = consensus.core().filter(pl.col("delta") > 0)
-        chosen: list[int] = core["latent"].head(self._config.n_candidates).to_list()
+        core: list[int] = consensus.core().filter(pl.col("delta") > 0)["latent"].to_list()
+        scores = torch.stack([one.table["attribution"].to_torch() for one in rankings.values()]).mean(0)
+        orders = {"delta": iter(core), "attribution": iter(sorted(core, key=lambda latent: -float(scores[latent])))}
+        chosen: dict[int, str] = {}
+        while len(chosen) < min(self._config.n_candidates, len(core)):
+            by = tuple(orders)[len(chosen) % 2]
+            chosen[next(latent for latent in orders[by] if latent not in chosen)] = by
         return chosen
 
     def trajectory(
@@ -291,15 +301,18 @@ class Stages:
 
     def listed(
         self,
+        chosen: Collection[int],
         consensus: Consensus,
         diffs: Mapping[str, LatentDiff],
         rankings: Mapping[str, Rankings],
         splits: Mapping[str, ChangeSplit],
         trajectories: Mapping[str, Trajectory],
     ) -> list[dict[str, Any]]:
-        """The first latents, the candidates among them, with everything that was found about each."""
-        n_listed = max([self._config.n_listed, *consensus.table["rank"].gather(self.candidates(consensus))])
-        rows = consensus.top(n_listed).to_dicts()
+        """The first latents, and the candidates, with everything that was found about each."""
+        import polars as pl
+
+        wanted = (pl.col("rank") <= self._config.n_listed) | pl.col("latent").is_in(list(chosen))
+        rows = consensus.table.filter(wanted).sort("rank").to_dicts()
         latents = [row["latent"] for row in rows]
         tables = {
             name: {

@@ -38,8 +38,12 @@ def search(planted, out, *, held_out=("c",), names="abc", **settings):
 def test_it_ends_with_the_planted_causes(planted, tmp_path):
     told = []
     found = search(planted, tmp_path, on_progress=lambda done, total, stage: told.append((done, total, stage)))
-    assert set(found["candidates"]) == {*planted.persona, *planted.correlates}
-    assert [one["latent"] for one in found["latents"][:4]] == found["candidates"]
+    chosen = {one["latent"]: one["by"] for one in found["candidates"]}
+    assert set(chosen) == {*planted.persona, *planted.correlates}
+    assert list(chosen.values()) == ["delta", "attribution"] * 2
+    assert next(iter(chosen)) == found["latents"][0]["latent"]
+    assert next(latent for latent, by in chosen.items() if by == "attribution") in planted.persona
+    assert {one["latent"] for one in found["latents"][:4]} == set(chosen)
     assert found["kinds"]["core"] >= 4
     for name, certification in found["certifications"].items():
         verdicts = {
