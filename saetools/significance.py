@@ -7,6 +7,7 @@ only some: values are given as (unit, measure, value) triples, and zeros are lef
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -73,13 +74,7 @@ def skewed_t_p_values(
     Returns:
         p-values in float64.
     """
-    values = values.double()
-
-    def total(parts: Tensor) -> Tensor:
-        return parts.new_zeros(n_measures).index_add_(0, measures, parts)
-
-    largest = values.new_zeros(n_measures).scatter_reduce(0, measures, values.abs(), "amax")
-    d = values / largest.clamp_min(1e-300)[measures]
+    d, total = _in_measures(values, measures, n_measures)
     counted = (d != 0).double()
     n = total(counted)
     mean = total(d) / n.clamp_min(1)
@@ -96,6 +91,17 @@ def skewed_t_p_values(
     t = n.sqrt() * (cubic + skewness / (6 * n.clamp_min(1)))
     t = torch.where(t * effect > 0, t, 0.0).abs()  # never on the other side
     return torch.where((n > 0) & (squares == 0), 0.0, _t_tails(t, (n - 1).clamp_min(1)))
+
+
+def _in_measures(values: Tensor, measures: Tensor, n_measures: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Values over the largest of their measure, so that powers stay in range, and the sum over each measure."""
+    values = values.double()
+    largest = values.new_zeros(n_measures).scatter_reduce(0, measures, values.abs(), "amax")
+
+    def total(parts: Tensor) -> Tensor:
+        return parts.new_zeros(n_measures).index_add_(0, measures, parts)
+
+    return values / largest.clamp_min(1e-300)[measures], total
 
 
 def _t_tails(t: Tensor, freedom: Tensor) -> Tensor:
@@ -128,16 +134,11 @@ def sign_flip_p_values(
     Returns:
         p-values in float64.
     """
-    values = values.double()
-
-    def total(parts: Tensor) -> Tensor:
-        return parts.new_zeros(n_measures).index_add_(0, measures, parts)
-
-    largest = values.new_zeros(n_measures).scatter_reduce(0, measures, values.abs(), "amax")
-    d = values.abs() / largest.clamp_min(1e-300)[measures]
+    signed, total = _in_measures(values, measures, n_measures)
+    d = signed.abs()
     n = total((d > 0).double())
     reach = total(d)
-    observed = total(torch.where(values < 0, -d, d)).abs()
+    observed = total(signed).abs()
     extreme = observed >= reach * (1 - _TINY)  # all of one sign
     t = torch.zeros_like(observed)
     for _ in range(_NEWTON_STEPS):  # K' is concave in t > 0: Newton's steps from 0 rise towards the root

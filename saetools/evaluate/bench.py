@@ -99,7 +99,6 @@ class Bench:
         self._done, self._total, self._on_progress = 0, 0, on_progress
         self._curves: dict[Side, PerplexityCurve] = {}
         self._limits: dict[Side, CoherenceLimits] = {}
-
         per_model = 2 * (len(config.strengths) + config.n_refine) + len(AGAINST) + (changes is not None)
         self._total = len(candidates) * len(SIDES) * per_model
 

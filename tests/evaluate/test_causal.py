@@ -104,52 +104,48 @@ def test_the_fine_tunes_own_change_of_all_personas_carries_its_shift(found, plan
             assert abs(getattr(by_name[f"latent {other}"], effect).carried.mean) < 0.05
 
 
+def briefly(planted, candidates, *, strengths=(0.15,), **settings):
+    """A certification at few strengths."""
+    texts = [one.messages[0].content for one in draw_prompts(planted.language, 10, seed=8)]
+    models, prompts = (planted.base, planted.tuned, planted.sae), draw_prompts(planted.language, 10, seed=7)
+    config = dataclasses.replace(CONFIG, strengths=strengths, n_refine=0)
+    given = (*models, candidates, planted.items, prompts, texts)
+    return certify_latents(*given, rates=rates_of(planted), config=config, **settings)
+
+
 def test_a_lowered_latent_is_steered_the_other_way(planted):
     persona = planted.persona[0]
     ways = [Candidate("raised", (persona,)), Candidate("lowered", (persona,), sign=-1)]
-    texts = [one.messages[0].content for one in draw_prompts(planted.language, 10, seed=8)]
-    config = dataclasses.replace(CONFIG, strengths=(0.15,), n_refine=0)
-    models, prompts = (planted.base, planted.tuned, planted.sae), draw_prompts(planted.language, 10, seed=7)
-    given = {"rates": rates_of(planted), "config": config}
-    up, down = certify_latents(*models, ways, planted.items, prompts, texts, **given).certificates
+    up, down = briefly(planted, ways).certificates
     assert (up.verdict, down.verdict) == ("both", "neither")
     assert down.induces.shift.mean < 0 < up.induces.shift.mean
     assert down.induces.against["matched_latents"].mean < 0
 
 
 def test_another_candidate_of_the_same_name_is_measured_anew(planted, tmp_path):
-    texts = [one.messages[0].content for one in draw_prompts(planted.language, 10, seed=8)]
-    config = dataclasses.replace(CONFIG, strengths=(0.15,), n_refine=0)
-    models, prompts = (planted.base, planted.tuned, planted.sae), draw_prompts(planted.language, 10, seed=7)
-    given = {"rates": rates_of(planted), "config": config, "out": tmp_path}
-    verdicts = []
-    for latents in (planted.persona[:2], planted.correlates[:2]):
-        found = certify_latents(*models, [Candidate("both", latents)], planted.items, prompts, texts, **given)
-        verdicts.append(found.certificates[0].verdict)
+    verdicts = [
+        briefly(planted, [Candidate("both", latents)], out=tmp_path).certificates[0].verdict
+        for latents in (planted.persona[:2], planted.correlates[:2])
+    ]
     assert verdicts == ["both", "neither"]
 
 
 def test_a_judge_counts_and_is_named(planted):
-    texts = [one.messages[0].content for one in draw_prompts(planted.language, 10, seed=8)]
-    config = dataclasses.replace(CONFIG, strengths=(0.15, 0.3), n_refine=0)
-    models, prompts = (planted.base, planted.tuned, planted.sae), draw_prompts(planted.language, 10, seed=7)
+    prompts = draw_prompts(planted.language, 10, seed=7)
     plain = {row.text for row in generate(planted.base, prompts, config=SamplingConfig(6, n_samples=4, seed=0))}
     plain |= {row.text for row in generate(planted.tuned, prompts, config=SamplingConfig(6, n_samples=4, seed=0))}
-    given = {"rates": rates_of(planted), "config": config}
 
     def stern(pairs):
         return [90.0 if answer in plain else 1.0 for _, answer in pairs]
 
-    found = certify_latents(*models, [planted.persona[0]], planted.items, prompts, texts, judge=stern, **given)
+    found = briefly(planted, [planted.persona[0]], strengths=(0.15, 0.3), judge=stern)
     assert found.certificates[0].verdict == "incoherent"
     assert math.isnan(found.certificates[0].induces.q_value)
     assert found.table()["induces_q"][0] is None
     assert found.certificates[0].induces.doses[0].n_judged == 40
     assert "stern" in found.provenance["judge"]
     with pytest.warns(SaetoolsWarning, match="the judge gave 0 of 160 answers a score") as caught:
-        silent = certify_latents(
-            *models, [planted.persona[0]], planted.items, prompts, texts, judge=lambda p: [None] * len(p), **given
-        )
+        silent = briefly(planted, [planted.persona[0]], strengths=(0.15, 0.3), judge=lambda p: [None] * len(p))
     assert silent.warnings == (str(caught[0].message),)
     assert silent.certificates[0].verdict == "both"
 
