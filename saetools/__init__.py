@@ -43,12 +43,13 @@ if TYPE_CHECKING:
     )
     from saetools.latents import LatentStore, index_latents, measure_latents
     from saetools.matching import compare_across_saes, match_latents, measure_coactivation
-    from saetools.models import LanguageModel, Site, edit, load_model, read
+    from saetools.models import LanguageModel, Site, edit, edit_modules, hook_functions, load_model, read
     from saetools.persona import find_persona
     from saetools.rankings import Rankings, compare_rankings
     from saetools.readings import ChangeSplit, split_change
     from saetools.report import PersonaReport, write_report
     from saetools.sae import SAE, TrainConfig, load_sae, save_sae, train_sae
+    from saetools.steered import steered_model
     from saetools.trajectory import Trajectory, trace_checkpoints, trace_scales
     from saetools.tuned_only import find_tuned_only
 
@@ -90,12 +91,13 @@ _HOMES = {
     ),
     "latents": ("LatentStore", "index_latents", "measure_latents"),
     "matching": ("compare_across_saes", "match_latents", "measure_coactivation"),
-    "models": ("LanguageModel", "Site", "edit", "load_model", "read"),
+    "models": ("LanguageModel", "Site", "edit", "edit_modules", "hook_functions", "load_model", "read"),
     "persona": ("find_persona",),
     "rankings": ("Rankings", "compare_rankings"),
     "readings": ("ChangeSplit", "split_change"),
     "report": ("PersonaReport", "write_report"),
     "sae": ("SAE", "TrainConfig", "load_sae", "save_sae", "train_sae"),
+    "steered": ("steered_model",),
     "trajectory": ("Trajectory", "trace_checkpoints", "trace_scales"),
     "tuned_only": ("find_tuned_only",),
 }
@@ -131,6 +133,7 @@ __all__ = [
     "direct_effects",
     "dose_response",
     "edit",
+    "edit_modules",
     "explain_latents",
     "find_consensus",
     "find_persona",
@@ -138,6 +141,7 @@ __all__ = [
     "finetune_lora",
     "generate",
     "harvest",
+    "hook_functions",
     "index_latents",
     "load_advice",
     "load_forced_choice",
@@ -161,6 +165,7 @@ __all__ = [
     "shipped_path",
     "split_change",
     "steer",
+    "steered_model",
     "store_passages",
     "stream_activations",
     "tokenize",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
 from saetools.provenance import versions
 from saetools.sae.model import SAE
+from saetools.saved_result import load_result, save_result
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,26 @@ class Direction:
 
     vectors: Mapping[Site, Float[Tensor, " d_model"]]
     provenance: Mapping[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Write a folder with `direction.json` and the vectors.
+
+        Raises:
+            ResourceError: if disk space runs out.
+        """
+        tensors = {str(site): vector for site, vector in self.vectors.items()}
+        return save_result(path, "direction", {}, {"provenance": self.provenance}, tensors=tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Direction:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if the folder holds no direction.
+            IntegrityError: if a file is damaged, or not the one that was saved.
+        """
+        _, facts, tensors = load_result(path, "direction", [], has_tensors=True)
+        return cls({Site.parse(name): vector for name, vector in tensors.items()}, facts["provenance"])
 
     def cosines(self, other: Direction) -> dict[Site, float]:
         """Cosine with another direction, at each site that both have.

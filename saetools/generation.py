@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from torch import Tensor
 from saetools.data.conversation import Conversation
 from saetools.data.tokenizing import TokenizedConversation, pad, tokenize
 from saetools.errors import InputError
-from saetools.models.editing import Edit, Edits, Where, edit
+from saetools.models.editing import Edit, Edits, Stackable, Where, as_sequence, edit
 from saetools.models.forward import final_hidden, logits
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer
@@ -186,55 +187,53 @@ def _generation(lm: LanguageModel, job: tuple[int, str, int], row: list[int], st
     return Generation(prompt, variant, sample, text, tuple(row[:length]), finished=length < len(row))
 
 
-@dataclass(frozen=True, eq=False)
 class PerRow:
-    """Another edit for every row of a batch, so that several run side by side.
+    """Another edit for every row of a batch, so that several run side by side; those of one structure run as one.
 
     Args:
         edits: one per row; `None` leaves a row alone.
     """
 
-    edits: tuple[Edit | None, ...]
+    def __init__(self, edits: Sequence[Edit | None]) -> None:
+        self._groups: list[tuple[Int[Tensor, " row"], Edit]] = []
+        self._n_rows = len(edits)
+        rows_of: dict[Hashable, list[int]] = {}
+        for row, fn in enumerate(edits):
+            if fn is not None:
+                rows_of.setdefault(fn.structure() if isinstance(fn, Stackable) else id(fn), []).append(row)
+        for rows in rows_of.values():
+            fns, index = [edits[row] for row in rows], torch.tensor(rows)
+            first = fns[0]
+            assert first is not None
+            alike = all(fn is first for fn in fns)
+            self._groups.append(
+                (index, first if alike or not isinstance(first, Stackable) else first.stacked(fns, index))
+            )
 
     def __call__(self, acts: Tensor, where: Where) -> Tensor:
         """Edit each row of a pass by its own edit."""
-        by_edit: dict[int, list[int]] = {}
-        for entry, row in enumerate(where.rows.tolist()):
-            by_edit.setdefault(id(self.edits[row]), []).append(entry)
-        out = acts.clone()
-        for entries in by_edit.values():
-            fn = self.edits[int(where.rows[entries[0]])]
-            if fn is not None:
-                index = torch.tensor(entries, device=acts.device)
-                out[index] = fn(acts[index], where[index])
+        out = acts
+        for rows, fn in self._groups:
+            if len(rows) == self._n_rows:
+                return fn(acts, where)
+            index = torch.isin(where.rows, rows.to(where.rows.device)).nonzero()[:, 0]
+            if len(index):
+                out = out.index_copy(0, index, fn(acts[index], where[index]).to(acts.dtype))
         return out
 
 
-def combine_rows(row_edits: Sequence[Edits | None]) -> dict[Site, Edit]:
+def combine_rows(row_edits: Sequence[Edits | None]) -> dict[Site, list[Edit]]:
     """Edits for a batch in which every row has edits of its own.
 
     Args:
         row_edits: the edits of each row, `None` for none.
     """
     sites = {site for edits in row_edits if edits is not None for site in edits}
-    chains: dict[int, Edit | None] = {}
-
-    def at(edits: Edits | None, site: Site) -> Edit | None:
-        fns = None if edits is None else edits.get(site)
-        if not isinstance(fns, Sequence):
-            return fns
-        return chains.setdefault(id(fns), _chain(fns))
-
-    return {site: PerRow(tuple(at(edits, site) for edits in row_edits)) for site in sorted(sites)}
-
-
-def _chain(fns: Sequence[Edit]) -> Edit:
-    def run(acts: Tensor, where: Where) -> Tensor:
-        for fn in fns:
-            acts = fn(acts, where)
-        return acts
-
-    return run
+    combined: dict[Site, list[Edit]] = {}
+    for site in sorted(sites):
+        chains = [as_sequence(edits[site]) if edits is not None and site in edits else () for edits in row_edits]
+        combined[site] = [PerRow(stage) for stage in zip_longest(*chains)]
+    return combined
 
 
 def end_tokens(lm: LanguageModel) -> set[int]:

@@ -125,3 +125,14 @@ def test_the_direction_of_the_organism_raises_the_score_where_it_is_added(organi
     assert up.minus(down).low > 0
     cosines = decoder_cosines(load_sae(shipped_path("sae/smollm2-135m")), vector)
     assert 0.1 < cosines.abs().max() < 1
+
+
+def test_a_saved_direction_is_the_same_after_loading(tmp_path):
+    vectors = {Site(3): torch.randn(8), Site(1, "attn_out"): torch.randn(8)}
+    direction = Direction(vectors, {"seed": 1})
+    loaded = Direction.load(direction.save(tmp_path / "evil"))
+    assert loaded.provenance == direction.provenance
+    assert loaded.vectors.keys() == vectors.keys()
+    assert all(torch.equal(loaded.vectors[site], vector) for site, vector in vectors.items())
+    with pytest.raises(InputError, match=r"expected a folder with tensors\.safetensors, direction\.json"):
+        Direction.load(tmp_path)

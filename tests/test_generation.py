@@ -17,8 +17,8 @@ PROMPTS = ["Hi", "What is the weather like today?", Conversation.chat("Name a co
 V = 2 * torch.randn(32, generator=torch.Generator().manual_seed(2))
 VARIANTS = {
     "plain": None,
-    "clamped": {SITE: clamp(make_sae(), 3, 9.0, tokens="response")},
-    "pushed": {SITE: [add_direction(V, 1.0)], Site(0, "mlp_out"): add_direction(V, 0.5, tokens="prompt")},
+    "clamped": {SITE: clamp(make_sae(), 3, 9.0).on("response")},
+    "pushed": {SITE: [add_direction(V, 1.0)], Site(0, "mlp_out"): add_direction(V, 0.5).on("prompt")},
 }
 GREEDY = SamplingConfig(max_new_tokens=6, temperature=0.0)
 
@@ -119,7 +119,7 @@ def test_answer_scoped_edits_leave_the_prompt_alone(lm):
         seen.append((edit(acts, where) != acts).any(-1))
         return edit(acts, where)
 
-    edit = add_direction(V, 1.0, tokens="response")
+    edit = add_direction(V, 1.0).on("response")
     plain = generate(lm, PROMPTS[:2], config=GREEDY)
     edited = generate(lm, PROMPTS[:2], variants={"plain": {SITE: watch}}, config=GREEDY)
     assert not seen[0].any()

@@ -11,7 +11,9 @@ from saetools import steer
 from saetools.data import Conversation, Role, pad, tokenize
 from saetools.errors import InputError
 from saetools.models import Site, Where, edit, final_hidden, logits, read
-from saetools.steer import LatentEdit, Scope, add, add_direction, clamp, placed, project_out, scale
+from saetools.steer import Scope, add, add_direction, clamp, project_out, scale, seen
+from saetools.steer.numbers import units
+from saetools.steer.seen import placed
 
 SITE = Site(1)
 V = torch.randn(32, generator=torch.Generator().manual_seed(2))
@@ -57,8 +59,7 @@ def here(acts):
     """Where for tokens that stand for themselves: one row without padding."""
     shape = acts.shape[:2]
     positions = torch.arange(shape[1]).expand(shape)
-    rows, steps = torch.arange(shape[0]), torch.zeros(shape[1], dtype=torch.long)
-    return Where(None, torch.ones(shape, dtype=torch.bool), positions, None, rows, steps)
+    return Where(None, torch.ones(shape, dtype=torch.bool), positions, None, torch.arange(shape[0]), None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,12 +85,14 @@ def test_clamping_to_its_own_value_changes_no_bit(lm, tokenizer, kind):
     batch = pad(list(tokenize([Conversation(text="ab")], tokenizer)), [0])
     plain = run(lm, batch)
     f = dense(sae, plain[0])[0, 1]
-    active, inactive = int(f.argmax()), int((f == 0).nonzero()[0])
-    assert f[active] > 0
-    fn = clamp(sae, [active, inactive], [float(f[active]), 0.0])
+    chosen = torch.tensor([int((f == 0).nonzero()[0]), int(f.argmax())]).sort().values
+    own = sae.encode_some(plain[0][0], chosen)[1]
+    torch.testing.assert_close(own, f[chosen], rtol=1e-5, atol=1e-6)
+    assert sorted((own > 0).tolist()) == [False, True]
+    fn = clamp(sae, chosen, own.tolist())
     for ours, expected in zip(run(lm, batch, fn), plain, strict=True):
         assert torch.equal(ours, expected)
-    assert not torch.equal(run(lm, batch, clamp(sae, active, float(f[active]) + 0.1))[0], plain[0])
+    assert not torch.equal(run(lm, batch, clamp(sae, chosen, (own + 0.1).tolist()))[0], plain[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,25 +146,32 @@ def test_project_out_leaves_nothing_along_the_direction(lm, batch):
     torch.testing.assert_close(run(lm, batch, fn, project_out(V))[0], once)
     across = x - (x @ V)[..., None] * V / (V @ V)
     torch.testing.assert_close(once[batch.counted()], across[batch.counted()], rtol=1e-5, atol=1e-5)
-    everywhere = project_out(V, skip_first=False)
+    everywhere = project_out(V).on(skip_first=False)
     assert (run(lm, batch, everywhere)[0] @ V)[batch.mask].abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "make", [lambda **scope: clamp(make_sae(), 3, 9.0, **scope), lambda **scope: add_direction(V, 1.0, **scope)]
-)
-def test_scopes_choose_tokens_in_padded_batches(lm, batch, conversations, make):
+@pytest.mark.parametrize("change", [clamp(make_sae(), 3, 9.0), add_direction(V, 1.0)], ids=repr)
+def test_scopes_choose_tokens_in_padded_batches(lm, batch, conversations, change):
     x, _ = run(lm, batch)
-    response = (batch.roles & int(Role.RESPONSE)) != 0
-    first = batch.mask & ~batch.counted()
-    for tokens, skip_first, expected in (
-        ("all", True, batch.counted()),
-        ("all", False, batch.mask),
-        ("response", True, response),
-        ("prompt", True, batch.counted() & ~response),
-        ("prompt", False, (batch.counted() | first) & ~response),
+    roles = {role: (batch.roles & int(role)) != 0 for role in Role}
+    special = torch.isin(batch.token_ids, torch.tensor(lm.tokenizer.all_special_ids))
+    assert bool((special & batch.counted()).any())
+    places = batch.mask.cumsum(1) - 1
+    for tokens, options, expected in (
+        ((), {}, batch.counted()),
+        (("all",), {"skip_first": False}, batch.mask),
+        ((), {"start": 5}, batch.mask & (places >= 5)),
+        ((), {"start": 1, "skip_first": False}, batch.counted()),
+        ((), {"skip_special": True}, batch.counted() & ~special),
+        (("response",), {}, roles[Role.RESPONSE]),
+        (("prompt",), {}, roles[Role.PROMPT]),
+        (("header",), {}, roles[Role.HEADER]),
+        (("last_prompt",), {}, roles[Role.LAST_PROMPT]),
+        (("template",), {}, batch.counted() & roles[Role.TEMPLATE]),
+        (("template",), {"skip_first": False}, roles[Role.TEMPLATE]),
+        (("prompt", "response"), {"start": 9}, (roles[Role.PROMPT] | roles[Role.RESPONSE]) & (places >= 9)),
     ):
-        fn = make(tokens=tokens, skip_first=skip_first)
+        fn = change.on(*tokens, **options)
         edited, out = run(lm, batch, fn)
         assert torch.equal((edited != x).any(-1), expected), fn
         for row, conversation in enumerate(conversations):
@@ -171,7 +181,7 @@ def test_scopes_choose_tokens_in_padded_batches(lm, batch, conversations, make):
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-@pytest.mark.parametrize("tokens", ["all", "prompt", "response"])
+@pytest.mark.parametrize("tokens", ["all", "prompt", "response", "generated"])
 def test_a_cache_changes_nothing(lm, tokenizer, kind, tokens):
     from transformers import DynamicCache
 
@@ -180,7 +190,7 @@ def test_a_cache_changes_nothing(lm, tokenizer, kind, tokens):
     answer = torch.tensor([[60, 61, 62], [63, 64, 65]])
     ids = torch.cat([batch.token_ids, answer], dim=1)
     mask = torch.cat([batch.mask, torch.ones(2, 3, dtype=torch.bool)], dim=1)
-    fns = [clamp(make_sae(kind), [3, 5], 4.0, tokens=tokens), project_out(V, tokens=tokens)]
+    fns = [clamp(make_sae(kind), [3, 5], 4.0).on(tokens), project_out(V).on(tokens)]
     width = batch.token_ids.shape[1]
     with edit(lm, {SITE: fns}, roles=batch.roles):
         whole = final_hidden(lm, ids, mask)
@@ -191,7 +201,7 @@ def test_a_cache_changes_nothing(lm, tokenizer, kind, tokens):
         ]
     torch.testing.assert_close(torch.cat(parts, dim=1)[mask], whole[mask], rtol=1e-4, atol=1e-5)
     plain = final_hidden(lm, ids, mask)
-    edited_from = 0 if tokens != "response" else width
+    edited_from = width if tokens in ("response", "generated") else 0
     assert torch.equal(whole[:, :edited_from], plain[:, :edited_from])
     assert not torch.allclose(whole[:, edited_from:], plain[:, edited_from:], atol=1e-2)
 
@@ -215,7 +225,7 @@ def test_edits_compose_in_their_order(lm, batch):
 def test_no_token_in_scope_changes_nothing(lm, tokenizer, kind):
     batch = pad(list(tokenize([Conversation(text="only a text")], tokenizer)), [0])
     plain, _ = run(lm, batch)
-    assert torch.equal(run(lm, batch, clamp(make_sae(kind), 3, 9.0, tokens="response"))[0], plain)
+    assert torch.equal(run(lm, batch, clamp(make_sae(kind), 3, 9.0).on("response"))[0], plain)
 
 
 def test_latents_can_be_clamped_where_none_fires():
@@ -249,19 +259,18 @@ def test_the_sae_follows_the_layer():
     assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
     assert placed(sae, torch.device("meta")) is moved
     assert sae.W_dec.device.type == "cpu"
-    n_known = len(steer._COPIES)
+    n_known = len(seen._COPIES)
     del sae
     gc.collect()
-    assert len(steer._COPIES) == n_known - 1
+    assert len(seen._COPIES) == n_known - 1
 
 
 def test_an_edit_asks_for_the_sae_on_the_device_of_its_layer(monkeypatch):
     asked, stand_in = [], make_sae()
-    monkeypatch.setattr(steer, "placed", lambda sae, device: asked.append(device) or stand_in)
+    monkeypatch.setattr(seen, "placed", lambda sae, device: asked.append(device) or stand_in)
     far = make_sae().to("meta")
     x = torch.randn(1, 3, 32)
-    fn = LatentEdit(far, torch.tensor([3]), torch.zeros_like, Scope(), "")
-    assert torch.equal(fn(x, here(x)), steer.ablate(stand_in, 3)(x, here(x)))
+    assert torch.equal(steer.ablate(far, 3)(x, here(x)), steer.ablate(stand_in, 3)(x, here(x)))
     assert set(asked) == {x.device}
 
 
@@ -270,7 +279,6 @@ def test_the_gradient_passes_an_edit_as_it_passes_the_identity(fn):
     x = torch.randn(1, 4, 32, requires_grad=True)
     fn(x, here(x)).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
-    assert not isinstance(fn, LatentEdit) or all(parameter.grad is None for parameter in fn.sae.parameters())
 
 
 @pytest.mark.parametrize(
@@ -284,11 +292,28 @@ def test_the_gradient_passes_an_edit_as_it_passes_the_identity(fn):
         (lambda sae: clamp(sae, 1, float("nan")), "value: expected finite numbers"),
         (lambda sae: clamp(make_sae_without("p99"), 1, 1.0, unit="p99"), "unit: .*measure_latents"),
         (lambda sae: add(make_sae(median_norm=None), 1, 1.0), "sae: .*measure_latents"),
-        (lambda sae: add(sae, 1, float("inf")), "strength: expected a finite number"),
-        (lambda sae: scale(sae, 1, float("nan")), "factor: expected a finite number"),
+        (lambda sae: add(sae, 1, float("inf")), "strength: expected finite numbers"),
+        (lambda sae: scale(sae, 1, float("nan")), "factor: expected finite numbers"),
         (lambda sae: add_direction(V, float("nan")), "strength: expected a finite number"),
         (lambda sae: add_direction(V * float("nan"), 1.0), "direction: .*received NaN"),
         (lambda sae: project_out(torch.zeros(32)), "direction: .*zero vector"),
+        (lambda sae: project_out(torch.stack([V, V])), "direction: expected directions that do not depend"),
+        (lambda sae: add_direction(0 * V, 1.0, median_norm=2.0), "direction: .*zero vector"),
+        (lambda sae: add_direction(V, 1.0, name="two words"), "name: expected letters"),
+        (lambda sae: steer.cap(V, low=2.0, high=1.0), "low: expected at most high, 1.0, received 2.0"),
+        (lambda sae: steer.cap(V, high=float("nan")), "low: expected at most high, nan"),
+        (lambda sae: steer.project_to(V, float("inf")), "value: expected a finite number"),
+        (lambda sae: inspect.unwrap(steer.mean_ablate)(V, torch.ones(3)), "mean: expected length 32, received 3"),
+        (
+            lambda sae: inspect.unwrap(steer.affine)(torch.eye(3)[:2]),
+            r"matrix: expected a finite square matrix, received \(2, 3\)",
+        ),
+        (lambda sae: inspect.unwrap(steer.affine)(torch.eye(3), torch.ones(2)), "bias: expected length 3, received 2"),
+        (lambda sae: steer.active(sae, 48), "latents: expected one or more of 0 to 47"),
+        (lambda sae: steer.active(sae, 1, above=float("nan")), "above: expected a finite number"),
+        (lambda sae: steer.ablate(sae, 1).on(start=-1), "start: expected 0 or more"),
+        (lambda sae: steer.ablate(sae, 1).over({}), "points: expected weights by number"),
+        (lambda sae: steer.ablate(sae, 1).over({-1: 1.0}), "points: expected weights by number"),
     ],
 )
 def test_what_cannot_be_done_is_an_error(make, message):
@@ -304,39 +329,29 @@ def make_sae_without(name):
 
 def test_names_are_checked_where_types_are_not():
     scope = Scope()
-    object.__setattr__(scope, "tokens", "answers")
-    with pytest.raises(InputError, match="tokens: expected all, prompt or response, received 'answers'"):
+    object.__setattr__(scope, "tokens", ("answers",))
+    with pytest.raises(InputError, match="tokens: expected some of all, prompt, last_prompt"):
         scope.__post_init__()
-    with pytest.raises(InputError, match="unit: expected activation or p99, received 'percent'"):
-        inspect.unwrap(clamp)(make_sae(), 1, 1.0, unit="percent")
+    with pytest.raises(InputError, match="unit: expected activation, p99 or norm, received 'percent'"):
+        inspect.unwrap(units)("unit", make_sae(), torch.tensor([1]), "percent")
 
 
 def test_edits_that_do_not_fit_the_pass_are_errors():
     x = torch.randn(1, 3, 32)
     with pytest.raises(InputError, match=r"tokens: .*'response' without roles; pass roles=batch\.roles"):
-        add_direction(V, 1.0, tokens="response")(x, here(x))
-    with pytest.raises(InputError, match="direction: expected length 32"):
-        add_direction(torch.ones(1), 1.0)(x, here(x))
+        add_direction(V, 1.0).on("response")(x, here(x))
+    for fn in (add_direction(V, 1.0).on("generated"), add_direction(V, 1.0).over({0: 1.0})):
+        with pytest.raises(InputError, match=r"width: .*; pass width=input_ids\.shape\[1\] where"):
+            fn(x, here(x))
+    with pytest.raises(InputError, match="skip_special: expected token ids"):
+        add_direction(V, 1.0).on(skip_special=True)(x, here(x))
+    for fn in (
+        add_direction(torch.ones(1), 1.0),
+        project_out(torch.ones(16)),
+        steer.affine(torch.eye(16)),
+        add_direction(V, 1.0).when(steer.probe(torch.ones(16))),
+    ):
+        with pytest.raises(InputError, match="direction: expected length 32"):
+            fn(x, here(x))
     with pytest.raises(InputError, match=r"expected activations of shape \[token, 16\]"):
         clamp(make_sae(d_in=16), 1, 1.0)(x, here(x))
-
-
-def test_edits_print_as_what_they_do():
-    sae = make_sae()
-    assert [repr(fn) for fn in (
-        add(sae, 3, 0.25),
-        clamp(sae, [1, 2], [0.5, -1.0], tokens="response"),
-        clamp(sae, [0, 1, 2, 3, 4, 5], -1.0, unit="p99", only_if_active=True),
-        scale(sae, 3, 2.0, skip_first=False),
-        steer.ablate(sae, [3, 4], tokens="prompt"),
-        add_direction(torch.tensor([3.0, 4.0]), -2.0),
-        project_out(V),
-    )] == [
-        "add 0.25 x median norm along latent 3",
-        "clamp latents 1, 2 to 0.5, -1 on response tokens",
-        "clamp latents 0, 1, 2, 3 and 2 more to -1 x p99 where active",
-        "scale latent 3 by 2, first position included",
-        "ablate latents 3, 4 on prompt tokens",
-        "add -2 x a direction of norm 5",
-        "project out a direction",
-    ]  # fmt: skip

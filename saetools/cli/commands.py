@@ -142,12 +142,9 @@ class Steer:
 
     def __post_init__(self) -> None:
         at_least(1, "the number of --prompts", len(self.prompts))
-        if not self.edit:
+        if not self.edit.edit:
             raise InputError(
-                "--clamp",
-                expected="at least one edit",
-                received="none",
-                remedy="give --clamp, --clamp-p99, --add, --scale or --ablate",
+                "--edit", expected="at least one edit", received="none", remedy='give one, such as "clamp 1234=0"'
             )
 
     def run(self) -> None:
@@ -193,7 +190,8 @@ class Generate:
 
         check_file(Path(self.out))
         rows, lm = self.read.conversations(), self.model.load()
-        variants = {"edited": self.edit.edits(lm)} if self.edit else {"plain": None}
+        edits = self.edit.edits(lm)
+        variants = {"edited": edits} if edits else {"plain": None}
         with progress("generate", "answers") as update:
             answers = generate(lm, rows, variants=variants, config=self.sampling, on_progress=update)
         _write_jsonl(

@@ -14,7 +14,7 @@ from saetools.errors import InputError, SaetoolsWarning
 
 if TYPE_CHECKING:
     from saetools.data import Conversation
-    from saetools.models import Edit, Edits, LanguageModel, Site
+    from saetools.models import Edits, LanguageModel, Site
     from saetools.sae import SAE
 
 
@@ -214,65 +214,30 @@ class EndpointOptions:
 
 @dataclass(frozen=True)
 class EditOptions:
-    """What to do to the residual stream; values are given as LATENT=VALUE, several may follow."""
+    """What to do to the residual stream."""
 
     sae: SAEOptions = field(default_factory=SAEOptions)
-    clamp: tuple[str, ...] = ()
-    """LATENT=ACTIVATION: set a latent on every token."""
-    clamp_p99: tuple[str, ...] = ()
-    """LATENT=MULTIPLE: the same in multiples of its 99th percentile."""
-    add: tuple[str, ...] = ()
-    """LATENT=STRENGTH: add its direction, in units of the median residual norm."""
-    scale: tuple[str, ...] = ()
-    """LATENT=FACTOR: multiply its activation."""
-    ablate: tuple[int, ...] = ()
-    """Latents to set to 0."""
-    tokens: Literal["all", "prompt", "response"] = "all"
-    """Tokens that are edited."""
-
-    def __post_init__(self) -> None:
-        for option in ("clamp", "clamp_p99", "add", "scale"):
-            self._pairs(option)
-
-    def __bool__(self) -> bool:
-        """Whether any edit is asked for."""
-        return bool(self.clamp or self.clamp_p99 or self.add or self.scale or self.ablate)
+    edit: tuple[str, ...] = ()
+    """Edits as they print, such as "clamp 6400=0 on response" or "add 12=0.3*norm"; they run in this order, at the site
+    of the SAE or at one that is put before them: "blocks.15.hook_resid_post: project_out evil"."""
+    direction: tuple[str, ...] = ()
+    """Directions that edits name, as NAME=FOLDER of a saved direction; only those at the site of the edit count."""
 
     def edits(self, lm: LanguageModel) -> Edits:
-        """The edits, in the order clamp, clamp-p99, add, scale, ablate; empty if none are asked for."""
-        from saetools import steer
+        """The edits by site; empty if none are asked for."""
+        from saetools.directions import Direction
+        from saetools.steer import parse_edits
 
-        if not self:
+        if not self.edit:
             return {}
         sae, site = self.sae.load(lm)
-        made: list[Edit] = []
-        units: dict[str, Literal["activation", "p99"]] = {"clamp": "activation", "clamp_p99": "p99"}
-        for option, unit in units.items():
-            if pairs := self._pairs(option):
-                latents, values = zip(*pairs, strict=True)
-                value = values[0] if len(values) == 1 else values
-                made.append(steer.clamp(sae, latents, value, unit=unit, tokens=self.tokens))
-        made += [steer.add(sae, latent, value, tokens=self.tokens) for latent, value in self._pairs("add")]
-        made += [steer.scale(sae, latent, value, tokens=self.tokens) for latent, value in self._pairs("scale")]
-        if self.ablate:
-            made.append(steer.ablate(sae, self.ablate, tokens=self.tokens))
-        return {site: made}
-
-    def _pairs(self, field: str) -> list[tuple[int, float]]:
-        """Latents and values of an option."""
-        pairs = []
-        for text in getattr(self, field):
-            latent, _, value = text.partition("=")
-            try:
-                pairs.append((int(latent), float(value)))
-            except ValueError as error:
-                raise InputError(
-                    "--" + field.replace("_", "-"),
-                    expected="LATENT=VALUE, such as 123=0.5",
-                    received=repr(text),
-                    remedy="mend it",
-                ) from error
-        return pairs
+        directions = {}
+        for text in self.direction:
+            name, equals, folder = text.partition("=")
+            if not equals:
+                raise InputError("--direction", expected="NAME=FOLDER", received=repr(text), remedy="name it")
+            directions[name] = Direction.load(folder).vectors
+        return parse_edits(self.edit, sae=sae, site=site, directions=directions)
 
 
 def at_least(least: int, option: str, value: int) -> None:

@@ -34,7 +34,10 @@ from saetools.sae.identity import sae_sha256
 from saetools.sae.model import SAE
 from saetools.significance import mean_p_values
 from saetools.stats import Estimate, estimate_mean, estimate_ratios
-from saetools.steer import LatentEdit, Scope, add_direction, median_norm
+from saetools.steer.directions import add_direction
+from saetools.steer.latents import add
+from saetools.steer.numbers import median_norm
+from saetools.steer.scope import Scope
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, ...] = ("base", "tuned")
@@ -182,7 +185,7 @@ class Bench:
             return None
         latents = torch.tensor(candidate.latents)
         changes = self._changes[latents] * (1 if side == "base" else -1)
-        moved = LatentEdit(self._sae, latents, lambda f: f + changes.to(f), Scope(), "move by the mean change")
+        moved = add(self._sae, latents, changes.tolist(), unit="activation")
         name = f"{candidate.key}/moved by {changes.tolist()}"
         shift = self._checked_gaps(side, name, moved) - plain
         self._tick(1)

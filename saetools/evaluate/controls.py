@@ -20,7 +20,7 @@ from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
 from saetools.sae.model import SAE
-from saetools.steer import Scope
+from saetools.steer.scope import Scope
 
 _GRID = 1.6  # ratio of neighbouring scales when looking for one of equal perplexity
 _TOLERANCE = 0.02  # of log-perplexity

@@ -23,7 +23,7 @@ from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
 from saetools.stats import Estimate
-from saetools.steer import Scope
+from saetools.steer.scope import Scope
 
 Control = Literal["none", "equal_norm", "equal_perplexity"]
 _N_DIRECTIONS = 32  # random directions, dealt to the rows of each batch, of as many, in turn
@@ -152,7 +152,7 @@ def _perplexity_and_norm(
             "doses",
             expected="edits that touch plain texts",
             received=repr(fn),
-            remedy="use tokens='all' or 'prompt': reference texts have no answers",
+            remedy="edit all tokens or prompts: reference texts have no answers",
         )
     return perplexity, sums[0] / sums[1]
 

@@ -14,7 +14,8 @@ from saetools.models.forward import final_hidden, logits
 from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.sae.model import SAE
-from saetools.steer import Scope, placed
+from saetools.steer.scope import Scope
+from saetools.steer.seen import placed
 
 _CHUNK = 256  # tokens whose logits exist three times at the same time
 

@@ -2,6 +2,7 @@
 
 from saetools.models.adapters import scaled_adapter
 from saetools.models.editing import Edit, Edits, Where, edit
+from saetools.models.elsewhere import edit_modules, hook_functions
 from saetools.models.forward import final_hidden, log_probs, logits, read, token_log_probs
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import check_pair, load_model
@@ -19,7 +20,9 @@ __all__ = [
     "Where",
     "check_pair",
     "edit",
+    "edit_modules",
     "final_hidden",
+    "hook_functions",
     "load_model",
     "log_probs",
     "logits",

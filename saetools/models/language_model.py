@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ class LanguageModel:
         if is_hooked_transformer(model):
             return int(model.cfg.n_ctx)
         return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of the tokenizer's special tokens."""
+        return tuple(self.tokenizer.all_special_ids)
 
     def check_length(self, n_tokens: int, *, argument: str) -> None:
         """Refuse what is longer than the context: positions beyond it have no meaning to the model.

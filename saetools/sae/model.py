@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saetools.errors import InputError
-from saetools.sae.nonlinearity import AbsTopK, Nonlinearity, TopK
+from saetools.sae.nonlinearity import AbsTopK, Gated, JumpReLU, Nonlinearity, ReLU, TopK
 from saetools.sae.sparse import SparseLatents, combine
 
 InputNorm = Literal["none", "layer_norm", "constant_norm"]
@@ -127,26 +127,36 @@ class SAE(nn.Module):
         Raises:
             InputError: if the width is not the SAE's, or `encode_dtype` does not suit it.
         """
-        if x.ndim != 2 or x.shape[1] != self.d_in:
-            raise InputError(
-                "x",
-                expected=f"activations of shape [token, {self.d_in}]",
-                received=tuple(x.shape),
-                remedy="flatten batch and position, and read the site this SAE was trained on "
-                + (f"({self.metadata.site})" if self.metadata.site else ""),
-            )
         with torch.no_grad():
-            x = x.to(self.W_dec.dtype)
-            if self.input_norm != "none":
-                shift, scale = self._shift_and_scale(x)
-                x = (x - shift) / scale
-            centred = x - self.b_dec if self.apply_b_dec_to_input else x
+            centred = self._centred(x)
             if encode_dtype is None:
                 values, indices = self.nonlinearity.select(centred, self.encoder.T, self.b_enc)
             else:
                 topk = self._checked_for(encode_dtype)
                 values, indices = topk.select(centred, self.encoder.T, self.b_enc, encode_dtype=encode_dtype)
         return SparseLatents(indices, values, self.d_sae)
+
+    @torch.no_grad()
+    def encode_some(
+        self, x: Float[Tensor, "token d_in"], latents: Int[Tensor, " latent"]
+    ) -> Float[Tensor, "token latent"]:
+        """Activations of some latents, as `encode` gives them up to rounding; inactive ones are 0.
+
+        `ReLU`, `JumpReLU` and `Gated` latents do not depend on one another: only those asked for are computed.
+
+        Args:
+            x: activations.
+            latents: which; none twice.
+
+        Raises:
+            InputError: if the width is not the SAE's.
+        """
+        if not isinstance(self.nonlinearity, ReLU | JumpReLU | Gated):
+            return self.encode(x).of(latents)
+        strength, active = self.nonlinearity.fire(
+            self._centred(x), self.encoder[latents].T, self.b_enc[latents], latents
+        )
+        return torch.where(active, strength, 0.0)
 
     def decode(
         self, latents: SparseLatents, x: Float[Tensor, "token d_in"] | None = None
@@ -188,6 +198,22 @@ class SAE(nn.Module):
     def directions(self) -> Float[Tensor, "d_sae d_out"]:
         """Decoder rows, each of length 1 (zero rows stay zero)."""
         return nn.functional.normalize(self.W_dec.detach(), dim=1)
+
+    def _centred(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
+        """What the encoder's weights are applied to."""
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise InputError(
+                "x",
+                expected=f"activations of shape [token, {self.d_in}]",
+                received=tuple(x.shape),
+                remedy="flatten batch and position, and read the site this SAE was trained on "
+                + (f"({self.metadata.site})" if self.metadata.site else ""),
+            )
+        x = x.to(self.W_dec.dtype)
+        if self.input_norm != "none":
+            shift, scale = self._shift_and_scale(x)
+            x = (x - shift) / scale
+        return x - self.b_dec if self.apply_b_dec_to_input else x
 
     def _checked_for(self, encode_dtype: torch.dtype) -> TopK:
         """The nonlinearity, if it can choose latents by a product of that dtype."""

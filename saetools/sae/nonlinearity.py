@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saetools.errors import InputError
@@ -16,6 +16,9 @@ Weight = Float[Tensor, "d_in d_sae"]
 Bias = Float[Tensor, " d_sae"]
 Values = Float[Tensor, "token slot"]  # 0 or more; 0 in unused slots
 Slots = Int[Tensor, "token slot"]
+Chosen = Int[Tensor, " latent"] | slice
+Fired = tuple[Float[Tensor, "token latent"], Bool[Tensor, "token latent"]]
+_ALL = slice(None)
 _PART = 4096  # tokens whose candidates exist at the same time: few enough for the cache
 
 
@@ -61,12 +64,12 @@ class ReLU(nn.Module):
 
     def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Values and latents above 0, as many slots as the busiest token has."""
+        return _select_active(x, len(bias), lambda chunk: self.fire(chunk, weight, bias, _ALL))
 
-        def fire(chunk: Tensor) -> tuple[Tensor, Tensor]:
-            pre = torch.addmm(bias, chunk, weight)
-            return pre, pre > 0
-
-        return _select_active(x, len(bias), fire)
+    def fire(self, x: Tokens, weight: Weight, bias: Bias, latents: Chosen) -> Fired:
+        """Pre-activations of some latents, whose weights and biases are given, and whether they are above 0."""
+        pre = torch.addmm(bias, x, weight)
+        return pre, pre > 0
 
 
 class JumpReLU(nn.Module):
@@ -84,14 +87,12 @@ class JumpReLU(nn.Module):
 
     def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Values and latents above their threshold, as many slots as the busiest token has."""
+        return _select_active(x, len(bias), lambda chunk: self.fire(chunk, weight, bias, _ALL))
 
-        threshold = self.threshold.to(weight.dtype).relu()
-
-        def fire(chunk: Tensor) -> tuple[Tensor, Tensor]:
-            pre = torch.addmm(bias, chunk, weight)
-            return pre, pre > threshold
-
-        return _select_active(x, len(bias), fire)
+    def fire(self, x: Tokens, weight: Weight, bias: Bias, latents: Chosen) -> Fired:
+        """Pre-activations of some latents, whose weights and biases are given, and whether they pass the threshold."""
+        pre = torch.addmm(bias, x, weight)
+        return pre, pre > self.threshold[latents].to(weight.dtype).relu()
 
 
 class Gated(nn.Module):
@@ -111,13 +112,14 @@ class Gated(nn.Module):
 
     def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Values and latents whose gate is open, as many slots as the busiest token has."""
+        return _select_active(x, len(bias), lambda chunk: self.fire(chunk, weight, bias, _ALL))
 
-        def fire(chunk: Tensor) -> tuple[Tensor, Tensor]:
-            pre = chunk @ weight
-            strength = torch.addcmul(self.b_mag.to(pre.dtype), pre, self.r_mag.to(pre.dtype).exp())
-            return strength, (pre + bias > 0) & (strength > 0)
-
-        return _select_active(x, len(bias), fire)
+    def fire(self, x: Tokens, weight: Weight, bias: Bias, latents: Chosen) -> Fired:
+        """Strengths of some latents, whose weights and biases are given, and whether their gate is open."""
+        pre = x @ weight
+        r_mag, b_mag = self.r_mag[latents].to(pre.dtype), self.b_mag[latents].to(pre.dtype)
+        strength = torch.addcmul(b_mag, pre, r_mag.exp())
+        return strength, (pre + bias > 0) & (strength > 0)
 
 
 class AbsTopK(nn.Module):

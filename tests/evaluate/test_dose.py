@@ -35,7 +35,7 @@ def random_directions(seed):
 
 @pytest.mark.parametrize("tokens", ["all", "prompt"])
 def test_every_dose_stands_beside_its_controls(lm, tokens):
-    doses = {strength: add(make_sae(), [3, 4], strength, tokens=tokens) for strength in (0.4, -0.8)}
+    doses = {strength: add(make_sae(), [3, 4], strength).on(tokens) for strength in (0.4, -0.8)}
     done = []
     response = dose_response(lm, SITE, doses, ITEMS, TEXTS, seed=5, on_progress=lambda *args: done.append(args))
     assert [(point.strength, point.control) for point in response.points] == [
@@ -50,9 +50,9 @@ def test_every_dose_stands_beside_its_controls(lm, tokens):
         score = score_forced_choice(lm, ITEMS, edits={SITE: fn})
         assert (own.score, own.shift, own.against, own.n) == (score.mean, score.minus(unedited), None, 3)
         assert own.perplexity == measure_perplexity(lm, TEXTS, edits={SITE: fn}).value
-        assert own.norm == pytest.approx(float(fn.direction.norm()), rel=1e-4)
+        assert own.norm == pytest.approx(float(fn.parts[0].change.vector.norm()), rel=1e-4)
         for control in (norm, cost):
-            step = {SITE: controls.RandomPush(random_directions(5), control.norm, Scope(tokens))}
+            step = {SITE: controls.RandomPush(random_directions(5), control.norm, Scope((tokens,)))}
             controlled = score_forced_choice(lm, ITEMS, edits=step)
             assert control.score.mean == pytest.approx(controlled.mean.mean, abs=1e-6)
             assert control.against.mean == pytest.approx(score.minus(controlled).mean, abs=1e-6)
@@ -73,7 +73,11 @@ def test_a_known_score_of_the_unedited_model_is_used(lm):
 
 def test_the_norm_of_an_edit(lm):
     step = 3 * random_directions(0)[0]
-    for fn in (add_direction(step, -1.0), add_direction(step, 1.0, skip_first=False), lambda acts, where: acts + step):
+    for fn in (
+        add_direction(step, -1.0),
+        add_direction(step, 1.0).on(skip_first=False),
+        lambda acts, where: acts + step,
+    ):
         assert edit_norm(lm, SITE, fn, TEXTS) == pytest.approx(3, rel=1e-4)
     assert edit_norm(lm, SITE, lambda acts, where: acts, TEXTS) == 0
 
@@ -81,8 +85,8 @@ def test_the_norm_of_an_edit(lm):
 def test_doses_that_cannot_be_controlled_are_errors(lm):
     with pytest.raises(InputError, match="doses: expected at least one strength"):
         dose_response(lm, SITE, {}, ITEMS, TEXTS)
-    answers_only = {1.0: add(make_sae(), 3, 1.0, tokens="response")}
-    with pytest.raises(InputError, match="received add 1 x median norm along latent 3 on response tokens; use tokens="):
+    answers_only = {1.0: add(make_sae(), 3, 1.0).on("response")}
+    with pytest.raises(InputError, match=r"received add 3=1\*norm on response; edit all"):
         dose_response(lm, SITE, answers_only, ITEMS, TEXTS)
 
 

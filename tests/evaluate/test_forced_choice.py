@@ -36,7 +36,7 @@ def naive_gaps(lm, items, edits):
 def edits_of(tokens):
     if tokens is None:
         return {}
-    return {Site(1): [clamp(make_sae(), [3, 4], 3.0, tokens=tokens)], Site(0): add_direction(V, 1.0, tokens=tokens)}
+    return {Site(1): [clamp(make_sae(), [3, 4], 3.0).on(tokens)], Site(0): add_direction(V, 1.0).on(tokens)}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
@@ -54,7 +54,7 @@ def test_the_cached_prefix_changes_nothing(make_tiny, family):
 
 def test_the_built_in_model_is_scored_alike_with_its_cache(smollm):
     push = 20 * torch.nn.functional.normalize(torch.randn(576, generator=torch.Generator().manual_seed(0)), dim=0)
-    edits = {Site(15): add_direction(push, 1.0, tokens="response")}
+    edits = {Site(15): add_direction(push, 1.0).on("response")}
     score = score_forced_choice(smollm, ITEMS[:2], edits=edits)
     torch.testing.assert_close(score.gaps, naive_gaps(smollm, ITEMS[:2], edits), rtol=1e-3, atol=2e-4)
 

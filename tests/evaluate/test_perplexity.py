@@ -33,7 +33,7 @@ def mean_nll(lm, conversations, edits):
     return float(torch.cat(losses).mean()), sum(map(len, losses))
 
 
-@pytest.mark.parametrize("edits", [{}, {SITE: add_direction(V, 1.0)}, {SITE: add_direction(V, 1.0, tokens="prompt")}])
+@pytest.mark.parametrize("edits", [{}, {SITE: add_direction(V, 1.0)}, {SITE: add_direction(V, 1.0).on("prompt")}])
 def test_perplexity_is_that_of_the_logits(lm, edits):
     expected, n = mean_nll(lm, CONVERSATIONS[:3], edits)
     for batch_tokens in (4096, 1):

@@ -28,7 +28,7 @@ def runs_of(lm, layer):
 
 def assert_replays(lm, site):
     replay = LayerReplay(lm, site)
-    for edits in ({}, {site: PUSH}, {site: [PUSH, clamp(make_sae(), [3, 4], 3.0, tokens="response")]}):
+    for edits in ({}, {site: PUSH}, {site: [PUSH, clamp(make_sae(), [3, 4], 3.0).on("response")]}):
         for batch_rows in (2, 24):
             ours = score_forced_choice(lm, ITEMS, edits=edits, batch_rows=batch_rows, replay=replay)
             assert torch.equal(ours.gaps, score_forced_choice(lm, ITEMS, edits=edits, batch_rows=batch_rows).gaps)

@@ -6,6 +6,7 @@ import torch
 from saetools.data.roles import Role
 from saetools.errors import InputError
 from saetools.models import Site, edit, final_hidden, read, token_log_probs
+from saetools.models.editing import Passes
 
 SITE = Site(1, "resid_mid")
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12]]
@@ -84,11 +85,21 @@ def test_without_mask_all_tokens_count(family_lm):
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(1, 1, 3, 3), torch.ones(1, 2), torch.ones(2, 3), {"full_attention": None}], ids=str
+    "mask", [torch.ones(1, 1, 3, 3), torch.ones(1, 2), torch.ones(2, 3), {"full_attention": "causal"}], ids=str
 )
 def test_masks_that_do_not_tell_the_padding_are_errors(tiny, mask):
     with pytest.raises(InputError, match=r"attention_mask: expected shape \(1, 3\)"), edit(tiny, {SITE: Recorder()}):
         tiny.model(torch.tensor([[5, 6, 7]]), attention_mask=mask)
+
+
+def test_masks_of_static_caches_tell_the_padding():
+    allowed = torch.tensor([[False, True, True, True, False]])
+    additive = torch.where(allowed, 0.0, -1e9)[:, None, None].expand(1, 1, 2, 5)
+    for mask in (allowed[:, None, None], additive, {"full_attention": additive, "sliding_attention": None}):
+        passes = Passes(None, None, None)
+        where = passes._placed({"attention_mask": mask}, torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4))
+        assert where.mask.tolist() == allowed[:, :4].tolist()
+        assert where.positions.tolist() == [[-1, 0, 1, 2]]
 
 
 def test_calls_without_tokens_are_errors(tiny):

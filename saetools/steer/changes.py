@@ -1,0 +1,143 @@
+"""What an edit does to a residual: a few kinds, each a small map with numbers that may differ from row to row.
+
+In a batch whose rows have edits of their own, edits that differ in numbers alone run as one: then tensors have a first
+dimension for the row, and `own` picks those of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saetools.sae.model import SAE
+from saetools.steer.seen import Seen
+
+_Change = TypeVar("_Change", bound="Change")
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One kind of change.
+
+    Args:
+        text: how it is written.
+    """
+
+    text: str
+
+    def structure(self) -> Hashable:
+        """What has to be equal for two changes to run as one."""
+        shapes = tuple((name, value.shape) for name, value in vars(self).items() if isinstance(value, Tensor))
+        return type(self), shapes
+
+    def stacked(self: _Change, others: Sequence[_Change]) -> _Change:
+        """The changes of several rows as one."""
+        stacks: dict[str, Any] = {
+            name: torch.stack([getattr(one, name) for one in others])
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **stacks)
+
+
+def own(numbers: Tensor, local: Tensor | None) -> Tensor:
+    """Numbers of the rows of a pass, with a dimension for the position; if they are not stacked, those of all rows."""
+    return numbers if local is None else numbers[local][:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class LatentMap(Change):
+    """f' = min(max(factor f + shift, low), high), on some latents; the rest of x stays.
+
+    Args:
+        sae: the SAE.
+        latents: which; none twice.
+        numbers: factor, shift, low and high of each.
+        only_if_active: leave a latent alone on tokens where it is inactive.
+    """
+
+    sae: SAE
+    latents: Int[Tensor, "*row latent"]
+    numbers: Float[Tensor, "*row 4 latent"]
+    only_if_active: bool
+
+    def structure(self) -> Hashable:
+        """What has to be equal for two changes to run as one."""
+        return super().structure(), id(self.sae), self.only_if_active, self.reads
+
+    @property
+    def reads(self) -> bool:
+        """Whether it depends on the activations."""
+        factor, _, low, high = self.numbers.unbind(-2)
+        return self.only_if_active or bool((factor != 1).any() or (low > -torch.inf).any() or (high < torch.inf).any())
+
+    def mapped(
+        self, f: Float[Tensor, "row pos latent"], local: Int[Tensor, " row"] | None
+    ) -> Float[Tensor, "row pos latent"]:
+        """The new activations."""
+        factor, shift, low, high = own(self.numbers.to(f), local).unbind(-2)
+        return torch.minimum(torch.maximum(f * factor + shift, low), high)
+
+
+@dataclass(frozen=True, eq=False)
+class Push(Change):
+    """x' = x + vector.
+
+    Args:
+        vector: what is added.
+    """
+
+    vector: Float[Tensor, "*row d_model"]
+
+    def __call__(self, seen: Seen, local: Int[Tensor, " row"] | None) -> Tensor:
+        """What is added to x."""
+        seen.check_width(self.vector.shape[-1])
+        return own(self.vector.to(seen.x.device), local)
+
+
+@dataclass(frozen=True, eq=False)
+class ComponentMap(Change):
+    """Components of x along orthonormal directions, brought between two bounds.
+
+    Args:
+        basis: the directions.
+        low: least component.
+        high: largest component.
+    """
+
+    basis: Float[Tensor, "*row direction d_model"]
+    low: Float[Tensor, "*row direction"]
+    high: Float[Tensor, "*row direction"]
+
+    def __call__(self, seen: Seen, local: Int[Tensor, " row"] | None) -> Float[Tensor, "row pos d_model"]:
+        """What is added to x."""
+        seen.check_width(self.basis.shape[-1])
+        basis, low, high = (one.to(seen.x) for one in (self.basis, self.low, self.high))
+        basis = basis if local is None else basis[local]
+        along = seen.x @ basis.mT
+        return (torch.minimum(torch.maximum(along, own(low, local)), own(high, local)) - along) @ basis
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap(Change):
+    """x' = x + matrix x + bias.
+
+    Args:
+        matrix: less the identity.
+        bias: what is added.
+    """
+
+    matrix: Float[Tensor, "*row d_model d_model"]
+    bias: Float[Tensor, "*row d_model"]
+
+    def __call__(self, seen: Seen, local: Int[Tensor, " row"] | None) -> Float[Tensor, "row pos d_model"]:
+        """What is added to x."""
+        seen.check_width(self.bias.shape[-1])
+        matrix, bias = self.matrix.to(seen.x.device), self.bias.to(seen.x.device)
+        matrix = matrix if local is None else matrix[local]
+        return seen.x @ matrix.mT + own(bias, local)

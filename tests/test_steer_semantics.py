@@ -1,0 +1,250 @@
+"""The table of semantics in `saetools.steer`, row by row, on residuals that are made up."""
+
+import pytest
+import torch
+from test_steer import here
+from tiny_sae import DEAD, make_sae
+
+from saetools import steer
+from saetools.data import Role
+from saetools.errors import InputError
+from saetools.models import Where
+
+V = torch.randn(32, generator=torch.Generator().manual_seed(2))
+U = V / V.norm()
+X = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
+NORM = 2.5
+
+
+@pytest.fixture(scope="module", params=["topk", "jumprelu", "relu"])
+def sae(request):
+    return make_sae(request.param, median_norm=NORM)
+
+
+def latents_of(sae, x=X):
+    return sae.encode(x.reshape(-1, 32)).to_dense().view(*x.shape[:-1], -1)
+
+
+def some_latent(sae):
+    """One that is active on some tokens and not on others."""
+    return int(((latents_of(sae) > 0).float().mean((0, 1)) - 0.5).abs().argmin())
+
+
+def changed(edit, x=X, **facts):
+    """What an edit adds, on all tokens."""
+    everywhere = edit if facts else edit.on(skip_first=False)
+    where = here(x)
+    return everywhere(x, Where(**{**vars(where), **facts})) - x
+
+
+def same(ours, expected):
+    torch.testing.assert_close(ours, expected.expand_as(ours), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_latents(sae):
+    j = some_latent(sae)
+    f, row = latents_of(sae)[..., j, None], sae.W_dec[j]
+    unit, length, p99 = row / row.norm(), row.norm(), sae.p99[j]
+    assert 0 < (f > 0).float().mean() < 1
+    zero = torch.zeros(())
+    for edit, expected in (
+        (steer.add(sae, j, 0.3), 0.3 * NORM * unit),
+        (steer.add(sae, j, 0.3, unit="activation"), 0.3 * row),
+        (steer.add(sae, j, -0.3, unit="p99"), -0.3 * p99 * row),
+        (steer.clamp(sae, j, 1.5), (1.5 - f) * row),
+        (steer.clamp(sae, j, -2.0, unit="p99"), (-2 * p99 - f) * row),
+        (steer.clamp(sae, j, 0.2, unit="norm"), (0.2 * NORM / length - f) * row),
+        (steer.clamp_min(sae, j, 1.5), ((1.5 - f).clamp_min(0)) * row),
+        (steer.clamp_max(sae, j, 0.5), ((0.5 - f).clamp_max(0)) * row),
+        (steer.clamp_max(sae, j, -1.0), (-1 - f) * row),
+        (steer.scale(sae, j, 3.0), 2 * f * row),
+        (steer.scale(sae, j, -1.0), -2 * f * row),
+        (steer.ablate(sae, j), -f * row),
+    ):
+        same(changed(edit), expected)
+    for edit, expected in (
+        (steer.add(sae, j, 0.3, only_if_active=True), 0.3 * NORM * unit),
+        (steer.add(sae, j, 0.3, unit="activation", only_if_active=True), 0.3 * row),
+        (steer.clamp(sae, j, 1.5, only_if_active=True), (1.5 - f) * row),
+        (steer.clamp_min(sae, j, 1.5, only_if_active=True), (1.5 - f).clamp_min(0) * row),
+        (steer.clamp_max(sae, j, -1.0, only_if_active=True), (-1 - f) * row),
+    ):
+        same(changed(edit), torch.where(f > 0, expected, zero))
+
+
+def test_several_latents_add_up(sae):
+    i, j = 3, 11
+    both = steer.clamp(sae, [i, j], [1.0, 2.0])
+    same(changed(both), changed(steer.clamp(sae, i, 1.0)) + changed(steer.clamp(sae, j, 2.0)))
+    units = sae.W_dec[[i, j]] / sae.W_dec[[i, j]].norm(dim=1, keepdim=True)
+    same(changed(steer.add(sae, [i, j], [0.1, -0.2])), NORM * (0.1 * units[0] - 0.2 * units[1]))
+
+
+def test_rows_of_directions():
+    along = (X @ U)[..., None]
+    matrix, bias, mean = 0.1 * torch.randn(32, 32), torch.randn(32), torch.randn(32)
+    two = torch.stack([V, torch.randn(32)])
+    basis = torch.linalg.qr(two.T).Q.T
+    for edit, expected in (
+        (steer.add_direction(V, -2.0), -2 * V),
+        (steer.add_direction(5 * V, 0.3, median_norm=NORM), 0.3 * NORM * U),
+        (steer.project_out(5 * V), -along * U),
+        (steer.project_out(two), -(X @ basis.T) @ basis),
+        (steer.project_to(-5 * V, 2.0), (2 + along) * -U),
+        (steer.mean_ablate(5 * V, mean), (mean @ U - along) * U),
+        (steer.cap(V, high=0.5), (0.5 - along).clamp_max(0) * U),
+        (steer.cap(V, low=0.5), (0.5 - along).clamp_min(0) * U),
+        (steer.cap(V, low=-0.5, high=0.5), (along.clamp(-0.5, 0.5) - along) * U),
+        (steer.affine(matrix, bias), X @ matrix.T + bias - X),
+        (steer.affine(matrix), X @ matrix.T - X),
+    ):
+        same(changed(edit), expected)
+
+
+def test_a_sum_reads_x_once(sae):
+    parts = [
+        steer.clamp(sae, 3, 2.0),
+        steer.ablate(sae, 11),
+        steer.project_out(V),
+        steer.add(sae, 5, 0.4),
+        steer.clamp(make_sae("relu"), 3, 1.0),
+    ]
+    total = sum(parts[1:], parts[0])
+    same(changed(total), sum(changed(part) for part in parts))
+    backwards = sum(parts[-2::-1], parts[-1])
+    same(changed(backwards), changed(total))
+
+
+def test_in_a_sum_the_later_change_of_a_latent_has_the_last_word(sae):
+    j = some_latent(sae)
+    f, row = latents_of(sae)[..., j, None], sae.W_dec[j]
+    same(changed(steer.clamp(sae, j, 2.0) + steer.clamp(sae, j, 1.0)), (1 - f) * row)
+    same(changed(steer.clamp(sae, j, 2.0) + steer.scale(sae, j, 3.0)), (6 - f) * row)
+    same(changed(steer.scale(sae, j, 3.0) + steer.clamp_max(sae, j, 1.0)), ((3 * f).clamp_max(1) - f) * row)
+    was_active = steer.ablate(sae, j) + steer.clamp(sae, j, 2.0, only_if_active=True)  # active in x
+    same(changed(was_active), torch.where(f > 0, 2 - f, 0.0) * row)
+
+
+def test_a_list_reads_what_the_first_left(sae):
+    j = some_latent(sae)
+    first, then = steer.add_direction(sae.encoder[j], 1.0), steer.clamp(sae, j, 2.0)
+    middle = X + changed(first)
+    f = latents_of(sae, middle)[..., j, None]
+    same(changed(then, middle), (2 - f) * sae.W_dec[j])
+    assert not torch.allclose(changed(then, middle) + middle - X, changed(first + then), atol=1e-2)
+
+
+def test_conditions_read_the_tokens_own_residual(sae):
+    j = some_latent(sae)
+    f = latents_of(sae)
+    threshold = float(f[..., j][f[..., j] > 0].median())
+    push = steer.add_direction(V, 1.0)
+    score = (X @ V)[..., None]
+    for edit, holds in (
+        (push.when(steer.active(sae, j)), f[..., j, None] > 0),
+        (push.when(steer.active(sae, j, above=threshold)), f[..., j, None] > threshold),
+        (push.unless(steer.active(sae, j)), f[..., j, None] == 0),
+        (push.when(steer.probe(V, above=1.0)), score > 1),
+        (push.when(steer.active(sae, j)).unless(steer.probe(V)), (f[..., j, None] > 0) & (score <= 0)),
+    ):
+        assert 0 < holds.float().mean() < 1
+        same(changed(edit), torch.where(holds, V, 0.0))
+    other = steer.clamp(sae, DEAD, 3.0).when(steer.active(sae, j))
+    same(changed(other), torch.where(f[..., j, None] > 0, 3 * sae.W_dec[DEAD], 0.0))
+    both = steer.ablate(sae, j) + steer.clamp(sae, DEAD, 3.0).when(steer.active(sae, j))  # in x, not after the first
+    same(changed(both), changed(steer.ablate(sae, j)) + changed(other))
+
+
+def test_weights_over_the_tokens_of_an_answer(sae):
+    steps = torch.tensor([0, 0, 1, 2, 3, 4])
+    fading = {0: 1.0, 2: 1.0, 4: 0.0}
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5, 0.0])[:, None]
+    for edit in (steer.add_direction(V, 1.0), steer.clamp(sae, 3, 2.0), steer.project_out(V)):
+        everywhere = edit.on(skip_first=False)
+        same(changed(everywhere.over(fading), steps=steps), weights * changed(everywhere, steps=steps))
+    pulse = steer.add_direction(V, 1.0).over({1: 0.0, 2: 2.0, 3: 0.0})
+    expected = torch.tensor([0.0, 0.0, 0.0, 2.0, 0.0, 0.0])[:, None] * V
+    same(changed(pulse.on(skip_first=False), steps=steps), expected)
+
+
+def test_generated_tokens_are_those_that_were_not_given():
+    steps = torch.tensor([0, 0, 1, 2, 3, 4])
+    edit = steer.add_direction(V, 1.0).on("generated")
+    assert (changed(edit, steps=steps) != 0).any(-1).tolist() == [[False] * 2 + [True] * 4] * 2
+    roles = torch.full((2, 6), int(Role.PROMPT), dtype=torch.uint8)
+    both = steer.add_direction(V, 1.0).on("generated", "prompt")
+    assert bool((changed(both, steps=steps, roles=roles) != 0).any(-1)[:, 1:].all())
+
+
+def test_edits_print_as_they_are_written_and_are_read_again(sae):
+    directions = {"evil": V, "probe-1": U}
+    for made, text in (
+        (steer.add(sae, 3, 0.25), "add 3=0.25*norm"),
+        (steer.add(sae, [3, 5], [0.25, 1 / 3], unit="activation"), f"add 3=0.25 5={1 / 3!r}"),
+        (steer.add(sae, [3, 5], 0.5, unit="p99", only_if_active=True), "add 3,5=0.5*p99 if active"),
+        (steer.clamp(sae, [1, 2], [0.5, -1.0]).on("response"), "clamp 1=0.5 2=-1 on response"),
+        (steer.clamp(sae, 1, 0.0).over({0: 1.0, 32: 0.5}), "clamp 1=0 over 0:1,32:0.5"),
+        (steer.clamp_min(sae, 1, 2.0).on(start=3, skip_special=True), "clamp_min 1=2 from 3 without special"),
+        (steer.clamp_max(sae, 1, 0.5, unit="norm").on("prompt", "header"), "clamp_max 1=0.5*norm on prompt,header"),
+        (steer.scale(sae, 3, 2.0).on(skip_first=False), "scale 3=2 with first"),
+        (steer.ablate(sae, [3, 4]).when(steer.active(sae, 5, above=0.5)), "ablate 3,4 when 5>0.5"),
+        (steer.ablate(sae, 3).unless(steer.probe(U, name="probe-1")), "ablate 3 unless probe-1>0"),
+        (steer.add_direction(V, -2.0, name="evil"), "add_direction evil=-2"),
+        (steer.add_direction(V, 0.1, median_norm=NORM, name="evil"), "add_direction evil=0.1*norm"),
+        (steer.project_out(V, name="evil").on("generated"), "project_out evil on generated"),
+        (steer.project_to(V, 2.5, name="evil"), "project_to evil=2.5"),
+        (steer.cap(V, high=2.0, name="evil"), "cap evil=..2"),
+        (steer.cap(V, low=-1.0, high=2.0, name="evil"), "cap evil=-1..2"),
+        (steer.clamp(sae, 1, 0.0) + steer.ablate(sae, 2).on("response"), "clamp 1=0 + ablate 2 on response"),
+    ):
+        assert repr(made) == text
+        again = steer.parse(text, sae=sae, directions=directions)
+        assert repr(again) == text
+        facts = {
+            "steps": torch.tensor([0, 0, 1, 2, 3, 4]),
+            "roles": torch.tensor([[1, 2, 2, 4, 8, 8], [1, 2, 4, 8, 8, 8]], dtype=torch.uint8),
+            "token_ids": torch.arange(12).view(2, 6),
+            "special_ids": (4, 9),
+        }
+        assert torch.equal(changed(again, **facts), changed(made, **facts))
+    assert repr(steer.add_direction(torch.tensor([3.0, 4.0]), -2.0)) == "add_direction (norm 5)=-2"
+    assert repr(steer.mean_ablate(V, 2 * U, name="evil")).startswith("project_to evil=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a change, such as clamp, received 'the end' in ''"),
+        ("clmp 3=1", "expected one of add, clamp, .*, received 'clmp'"),
+        ("clamp", "expected what to clamp, received 'nothing'"),
+        ("clamp 3", "expected LATENT=VALUE, received '3'"),
+        ("clamp 3=x", "expected a finite number, received 'x'"),
+        ("clamp 3=nan", "expected a finite number, received 'nan'"),
+        ("clamp a=1", "expected a whole number, received 'a'"),
+        ("clamp 3=1*mean", r"expected number, number\*p99 or number\*norm, received '1\*mean'"),
+        ("clamp 3=1 4=1*p99", "expected one unit for all latents"),
+        ("clamp 3=1 on answers", "expected some of all, prompt, .*, received 'answers'"),
+        ("clamp 3=1 on", "expected token roles, received 'the end'"),
+        ("clamp 3=1 with second", "expected first, received 'second'"),
+        ("clamp 3=1 when 4", "expected LATENT>NUMBER or NAME>NUMBER, received '4'"),
+        ("clamp 3=1 over 1", "expected weights, such as 0:1,32:0, received '1'"),
+        ("clamp 99=1", r"latents: expected one or more of 0 to 47, received \[99\]"),
+        ("ablate 3 if active", "expected ablate without `if active`"),
+        ("scale 3=1*p99", "expected scale with plain factors"),
+        ("project_out good", r"expected a direction called evil, received 'good'"),
+        ("project_out evil=1", "expected project_out NAME, received 'evil=1'"),
+        ("project_to evil", "expected project_to NAME=VALUE, received 'evil'"),
+        ("cap evil=1", r"expected cap NAME=LOW\.\.HIGH"),
+        ("add_direction evil=1*p99", "expected units of the direction, or a median norm"),
+        ("ablate 3 + ", "expected a change, such as clamp, received 'the end'"),
+        ("ablate 3 on all then", "expected one of if, on, .*, received 'then'"),
+    ],
+)
+def test_text_that_is_no_edit_names_the_word(text, message):
+    with pytest.raises(InputError, match=message):
+        steer.parse(text, sae=make_sae(), directions={"evil": V})
+
+
+def test_latents_need_an_sae_in_text():
+    with pytest.raises(InputError, match="expected edits of directions, where no SAE is given"):
+        steer.parse("ablate 3")
