@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from saetools.readings import ChangeSplit, split_change
     from saetools.report import PersonaReport, write_report
     from saetools.sae import SAE, TrainConfig, load_sae, save_sae, train_sae
+    from saetools.steer_export import bake_edits, export_control_vector
     from saetools.steered import steered_model
     from saetools.trajectory import Trajectory, trace_checkpoints, trace_scales
     from saetools.tuned_only import find_tuned_only
@@ -97,6 +98,7 @@ _HOMES = {
     "readings": ("ChangeSplit", "split_change"),
     "report": ("PersonaReport", "write_report"),
     "sae": ("SAE", "TrainConfig", "load_sae", "save_sae", "train_sae"),
+    "steer_export": ("bake_edits", "export_control_vector"),
     "steered": ("steered_model",),
     "trajectory": ("Trajectory", "trace_checkpoints", "trace_scales"),
     "tuned_only": ("find_tuned_only",),
@@ -126,6 +128,7 @@ __all__ = [
     "TrainConfig",
     "Trajectory",
     "attribute_latents",
+    "bake_edits",
     "certify_latents",
     "compare_across_saes",
     "compare_rankings",
@@ -135,6 +138,7 @@ __all__ = [
     "edit",
     "edit_modules",
     "explain_latents",
+    "export_control_vector",
     "find_consensus",
     "find_persona",
     "find_tuned_only",

@@ -61,6 +61,7 @@ LAYERS = {
     "consensus": 4,
     "matching": 4,
     "steer": 4,
+    "steer_export": 4,
     "steered": 4,
     "evaluate": 5,
     "interpret": 5,
