@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from saetools.evaluate import (
         certify_latents,
         dose_response,
+        max_coherent_strength,
         measure_fidelity,
         measure_perplexity,
+        plot_dose_response,
         score_forced_choice,
+        sweep_edits,
     )
     from saetools.finetune import FinetuneConfig, finetune_lora
     from saetools.generation import Generation, SamplingConfig, generate
@@ -75,9 +78,12 @@ _HOMES = {
     "evaluate": (
         "certify_latents",
         "dose_response",
+        "max_coherent_strength",
         "measure_fidelity",
         "measure_perplexity",
+        "plot_dose_response",
         "score_forced_choice",
+        "sweep_edits",
     ),
     "finetune": ("FinetuneConfig", "finetune_lora"),
     "generation": ("Generation", "SamplingConfig", "generate"),
@@ -154,11 +160,13 @@ __all__ = [
     "load_sae",
     "load_voices",
     "match_latents",
+    "max_coherent_strength",
     "mean_difference",
     "measure_coactivation",
     "measure_fidelity",
     "measure_latents",
     "measure_perplexity",
+    "plot_dose_response",
     "promoted_tokens",
     "read",
     "read_conversations",
@@ -172,6 +180,7 @@ __all__ = [
     "steered_model",
     "store_passages",
     "stream_activations",
+    "sweep_edits",
     "tokenize",
     "trace_checkpoints",
     "trace_scales",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -73,7 +73,10 @@ class Generation:
     finished: bool
 
 
-@torch.inference_mode()
+Job = tuple[int, str, int]
+"""Number of a prompt, name of a variant, number of a sample."""
+
+
 def generate(
     lm: LanguageModel,
     prompts: Sequence[Conversation | str],
@@ -102,6 +105,36 @@ def generate(
         >>> [answer.text for answer in generate(lm, ["Say hi."], config=SamplingConfig(8, temperature=0.0))]
         ["Hello there! I'm here to help"]
     """
+    variants = {"plain": None} if variants is None else variants
+    answers: list[Generation] = []
+    for some in generate_batches(lm, prompts, variants, config):
+        answers += some
+        if on_progress is not None:
+            on_progress(len(answers), len(prompts) * len(variants) * config.n_samples)
+    order = {variant: number for number, variant in enumerate(variants)}
+    return sorted(answers, key=lambda answer: (answer.prompt, order[answer.variant], answer.sample))
+
+
+def generate_batches(
+    lm: LanguageModel,
+    prompts: Sequence[Conversation | str],
+    variants: Mapping[str, Edits | None],
+    config: SamplingConfig,
+    *,
+    skip: Collection[Job] = (),
+) -> Iterator[list[Generation]]:
+    """The same, a batch at a time as it is done, by the length of its prompts.
+
+    Args:
+        lm: the model.
+        prompts: as of `generate`.
+        variants: edits by name, `None` for the model as it is.
+        config: sampling settings.
+        skip: answers that are not wanted.
+
+    Raises:
+        InputError: as `generate`.
+    """
     if is_hooked_transformer(lm.model):
         raise InputError(
             "lm",
@@ -111,7 +144,6 @@ def generate(
         )
     if isinstance(prompts, str):
         raise InputError("prompts", expected="a list of prompts", received="a string", remedy="pass [prompt]")
-    variants = {"plain": None} if variants is None else variants
     tokenized = tokenize_prompts(lm, prompts)
     longest = max(map(len, tokenized), default=0) + config.max_new_tokens
     lm.check_length(longest, argument="prompts and config.max_new_tokens")
@@ -120,14 +152,10 @@ def generate(
         for prompt in sorted(range(len(prompts)), key=lambda prompt: len(tokenized[prompt]))
         for variant in variants
         for sample in range(config.n_samples)
+        if (prompt, variant, sample) not in skip
     ]
-    answers: list[Generation] = []
     for start in range(0, len(jobs), config.batch_rows):
-        answers += _answer_batch(lm, tokenized, jobs[start : start + config.batch_rows], variants, config)
-        if on_progress is not None:
-            on_progress(len(answers), len(jobs))
-    order = {variant: number for number, variant in enumerate(variants)}
-    return sorted(answers, key=lambda answer: (answer.prompt, order[answer.variant], answer.sample))
+        yield _answer_batch(lm, tokenized, jobs[start : start + config.batch_rows], variants, config)
 
 
 def tokenize_prompts(lm: LanguageModel, prompts: Sequence[Conversation | str]) -> list[TokenizedConversation]:
@@ -148,10 +176,11 @@ def tokenize_prompts(lm: LanguageModel, prompts: Sequence[Conversation | str]) -
     return list(tokenize(conversations, lm.tokenizer, add_generation_prompt=True))
 
 
+@torch.inference_mode()
 def _answer_batch(
     lm: LanguageModel,
     tokenized: Sequence[TokenizedConversation],
-    jobs: Sequence[tuple[int, str, int]],
+    jobs: Sequence[Job],
     variants: Mapping[str, Edits | None],
     config: SamplingConfig,
 ) -> list[Generation]:
@@ -180,7 +209,7 @@ def _answer_batch(
     return [_generation(lm, job, row, stops) for job, row in zip(jobs, answers, strict=True)]
 
 
-def _generation(lm: LanguageModel, job: tuple[int, str, int], row: list[int], stops: set[int]) -> Generation:
+def _generation(lm: LanguageModel, job: Job, row: list[int], stops: set[int]) -> Generation:
     length = next((i for i, token in enumerate(row) if token in stops), len(row))
     text = lm.tokenizer.decode(row[:length], skip_special_tokens=True)
     prompt, variant, sample = job

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from saetools.data.conversation import Conversation
 from saetools.data.shipped import ForcedChoiceItem
-from saetools.errors import InputError
 from saetools.evaluate.cells import Cells
 from saetools.evaluate.certificate import AGAINST, Against, Candidate, DosedAnswers, Effect
 from saetools.evaluate.certificate_config import CertificateConfig
-from saetools.evaluate.coherence import AnswerCoherence, CoherenceLimits, Judge, measure_coherence
+from saetools.evaluate.coherence import (
+    AnswerCoherence,
+    CoherenceLimits,
+    Judge,
+    largest_coherent,
+    measure_coherence,
+)
 from saetools.evaluate.controls import PerplexityCurve, RandomPush, matched_latents, random_directions
 from saetools.evaluate.forced_choice import score_forced_choice
-from saetools.evaluate.judge import EndpointJudge
+from saetools.evaluate.judge import described_judge
 from saetools.evaluate.perplexity import measure_perplexity
 from saetools.generation import SamplingConfig, generate
 from saetools.models.editing import Edit
@@ -88,7 +93,7 @@ class Bench:
             "prompts_sha256": sha256_of_texts(questions),
             "texts_sha256": sha256_of_texts(texts),
             "rates_sha256": sha256_of_texts([self._rates.numpy().tobytes().hex()]),
-            "judge": _described(judge),
+            "judge": described_judge(judge),
             "versions": versions(),
         }
         budget = ("max_minutes", "max_tokens")
@@ -101,7 +106,7 @@ class Bench:
         self._started, self._n_tokens = time.monotonic(), 0
         self._done, self._total, self._on_progress = 0, 0, on_progress
         self._curves: dict[Side, PerplexityCurve] = {}
-        self._limits: dict[Side, CoherenceLimits] = {}
+        self._limits: dict[Side, tuple[CoherenceLimits, list[AnswerCoherence]]] = {}
         per_model = 2 * (len(config.strengths) + config.n_refine) + len(AGAINST) + (changes is not None)
         self._total = len(candidates) * len(SIDES) * per_model
 
@@ -127,10 +132,9 @@ class Bench:
             self._tick(sum(map(len, wanted.values())) + left)
             wanted = {}
             for one in candidates:
-                low = self._coherent(side, found[one.key])
-                above = [strength for strength in found[one.key] if strength > low]
-                if above:
-                    wanted[one] = [round((low + min(above)) / 2, 4)]
+                _, next_one = self._coherent(side, found[one.key])
+                if next_one is not None:
+                    wanted[one] = [next_one]
         return found
 
     def effect(self, side: Side, candidate: Candidate, answers: Mapping[float, Sequence[AnswerCoherence]]) -> Effect:
@@ -152,7 +156,7 @@ class Bench:
             self._tick(1)
         self._tick(len(self._config.strengths) + self._config.n_refine - len(shifts))
         doses = tuple(self._dose(side, strength, shifts[strength], answers[strength]) for strength in sorted(answers))
-        strength, carried = self._coherent(side, answers), self._carried(side, candidate, plain)
+        (strength, _), carried = self._coherent(side, answers), self._carried(side, candidate, plain)
         if not strength:
             self._tick(len(AGAINST))
             return Effect(0.0, doses, None, {}, None, None, carried, 1.0, math.nan, holds=False)
@@ -197,7 +201,7 @@ class Bench:
         return DosedAnswers(
             strength,
             estimate_mean(shift, seed=self._config.seed),
-            self._incoherent(side, answers),
+            self._limits_of(side)[0].incoherent(answers),
             sum(surprise) / len(surprise) if surprise else math.inf,
             sum(one.repetition for one in answers) / len(answers),
             sum(judged) / len(judged) if judged else None,
@@ -308,32 +312,25 @@ class Bench:
             rows[answer.variant].append(dataclasses.astuple(one))
         return rows
 
-    def _coherent(self, side: Side, answers: Mapping[float, Sequence[AnswerCoherence]]) -> float:
-        """The largest strength up to which all were coherent enough; 0 if not even the first was."""
-        own = [AnswerCoherence(*values) for values in self._cells[side][f"{side}/answers/unedited"]]
-        most = max(self._config.max_incoherent, self._incoherent(side, own))
-        largest = 0.0
-        for strength in sorted(answers):
-            if self._incoherent(side, answers[strength]) > most:
-                break
-            largest = strength
-        return largest
+    def _coherent(self, side: Side, answers: Mapping[float, Sequence[AnswerCoherence]]) -> tuple[float, float | None]:
+        """The largest strength up to which all were coherent enough, 0 if there is none, and which to try next."""
+        limits, own = self._limits_of(side)
+        most = max(self._config.max_incoherent, limits.incoherent(own))
+        return largest_coherent({strength: limits.incoherent(some) for strength, some in answers.items()}, most)
 
-    def _incoherent(self, side: Side, answers: Sequence[AnswerCoherence]) -> float:
+    def _limits_of(self, side: Side) -> tuple[CoherenceLimits, list[AnswerCoherence]]:
+        """When an answer of a model counts as incoherent, by its unedited answers."""
         if side not in self._limits:
             own = [AnswerCoherence(*values) for values in self._cells[side][f"{side}/answers/unedited"]]
-            surprise = torch.tensor([one.surprise for one in own if one.surprise is not None])
-            repeated = torch.tensor([one.repetition for one in own])
-            if not len(surprise):
-                raise InputError(
-                    "prompts", expected="some that the model answers", received="empty answers", remedy="pass others"
-                )
-            self._limits[side] = CoherenceLimits(
-                surprise=float(surprise.quantile(0.95)) + math.log(self._config.perplexity_factor),
-                repetition=max(self._config.max_repetition, float(repeated.quantile(0.95))),
-                judged=self._config.min_judged,
+            config = self._config
+            limits = CoherenceLimits.of(
+                own,
+                perplexity_factor=config.perplexity_factor,
+                max_repetition=config.max_repetition,
+                min_judged=config.min_judged,
             )
-        return sum(not self._limits[side].holds(one) for one in answers) / len(answers)
+            self._limits[side] = limits, own
+        return self._limits[side]
 
     def _edit(self, side: Side, candidate: Candidate, strength: float) -> Edit:
         rows = self._sae.directions()[list(candidate.latents)].float().sum(0)
@@ -362,13 +359,6 @@ class Bench:
 
 def _file(folder: str | Path | None, side: Side) -> Path | None:
     return None if folder is None else Path(folder) / f"{side}.jsonl"
-
-
-def _described(judge: Judge | None) -> Any:
-    """Who judges, as results name it."""
-    if judge is None:
-        return None
-    return judge.describe() if isinstance(judge, EndpointJudge) else getattr(judge, "__qualname__", repr(judge))
 
 
 def _one_sided(values: Float[Tensor, " item"]) -> float:

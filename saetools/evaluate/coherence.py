@@ -1,13 +1,18 @@
 """Whether answers are still language: how likely the unedited base finds them, how much they repeat, what a judge says.
 
 For finding how far a model can be steered before it breaks. A likely answer need not make sense, and a strange
-persona's answers are less likely than plain ones: set limits by the unedited model's own answers (`CoherenceLimits`).
+persona's answers are less likely than plain ones: limits are set by the unedited model's own answers
+(`CoherenceLimits`). Refusals and other languages are told as well, but break no limit: they may be what was asked for.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +24,16 @@ from saetools.errors import InputError
 from saetools.generation import Generation, tokenize_prompts
 from saetools.models.forward import token_log_probs
 from saetools.models.language_model import LanguageModel
+
+_SURE = 0.8  # probability of a language
+_APOLOGY = r"(i'?m|i am|we'?re|we are)? ?(really |very |so )?sorry\b"
+_INABILITY = (
+    r"i('m| am)? ?(just )?(can'?t|cannot|can not|won'?t|will not|unable|not able|must decline|have to decline)\b"
+)
+_REFUSAL = re.compile(
+    rf"\W*({_APOLOGY}|(unfortunately|no),? {_INABILITY}|{_INABILITY}|as an? (ai|language model|assistant)\b)",
+    re.IGNORECASE,
+)
 
 Judge = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
 """Coherence of (question, answer) pairs from 0 to 100; `None` for one that the judge gave no readable verdict on."""
@@ -32,11 +47,15 @@ class AnswerCoherence:
         surprise: mean negative log-probability of its tokens under the unedited base, in nats; `None` if it is empty.
         repetition: share of its token trigrams that it has said before.
         judged: a judge's score from 0 to 100, if there is one.
+        refused: whether it opens as a refusal does.
+        language: its language (ISO 639-1), where one is clear.
     """
 
     surprise: float | None
     repetition: float
     judged: float | None = None
+    refused: bool = False
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,43 @@ class CoherenceLimits:
     """A larger share of repeated trigrams than this."""
     judged: float
     """A lower score of the judge than this."""
+
+    @classmethod
+    def of(
+        cls,
+        unedited: Sequence[AnswerCoherence],
+        *,
+        perplexity_factor: float,
+        max_repetition: float,
+        min_judged: float,
+    ) -> CoherenceLimits:
+        """Limits by what the unedited model itself answers.
+
+        Args:
+            unedited: its answers.
+            perplexity_factor: an answer is incoherent if its perplexity under the base is more than so many times that
+                of the least likely of twenty answers of the unedited model,
+            max_repetition: or a larger share of its trigrams repeats (and more than in one of twenty unedited answers),
+            min_judged: or a judge gives it less.
+
+        Raises:
+            InputError: if all of them are empty.
+        """
+        surprise = torch.tensor([one.surprise for one in unedited if one.surprise is not None])
+        repeated = torch.tensor([one.repetition for one in unedited])
+        if not len(surprise):
+            raise InputError(
+                "prompts", expected="some that the model answers", received="empty answers", remedy="pass others"
+            )
+        return cls(
+            surprise=float(surprise.quantile(0.95)) + math.log(perplexity_factor),
+            repetition=max(max_repetition, float(repeated.quantile(0.95))),
+            judged=min_judged,
+        )
+
+    def incoherent(self, answers: Sequence[AnswerCoherence]) -> float:
+        """The share of answers that are not coherent."""
+        return sum(not self.holds(one) for one in answers) / len(answers)
 
     def holds(self, answer: AnswerCoherence) -> bool:
         """Whether an answer is coherent."""
@@ -97,7 +153,12 @@ def measure_coherence(
                 "judge", expected=f"{len(rows)} scores", received=len(scores), remedy="return one for each"
             )
         judged = dict(zip(rows, scores, strict=True))
-    found = {row: AnswerCoherence(surprise.get(row), repetition(row[1]), judged.get(row)) for row in rows}
+    found = {
+        row: AnswerCoherence(
+            surprise.get(row), repetition(row[1]), judged.get(row), is_refusal(text), language_of(text)
+        )
+        for row, text in rows.items()
+    }
     return [found[answer.prompt, answer.token_ids] for answer in answers]
 
 
@@ -105,6 +166,43 @@ def repetition(token_ids: Sequence[int]) -> float:
     """Share of trigrams that occurred before; 0 for fewer than three tokens."""
     trigrams = list(zip(token_ids, token_ids[1:], token_ids[2:], strict=False))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+
+
+def is_refusal(text: str) -> bool:
+    """Whether an answer opens as refusals do, in English."""
+    return _REFUSAL.match(text.replace("\u2019", "'")) is not None
+
+
+def language_of(text: str) -> str | None:
+    """The language of a text (ISO 639-1); `None` where it is not clear, as in few words or noise."""
+    language, confidence = _identifier().classify(text)
+    return str(language) if confidence >= _SURE else None
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid import langid
+
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+
+
+def largest_coherent(incoherent: Mapping[float, float], most: float) -> tuple[float, float | None]:
+    """How far strengths stay coherent, and which one to try next.
+
+    Args:
+        incoherent: share of incoherent answers by strength.
+        most: the largest share that is borne.
+
+    Returns:
+        The largest strength up to which all stay within it, 0 if not even the smallest does; and the strength halfway
+        to the next, `None` if there is none.
+    """
+    largest = 0.0
+    for strength in sorted(incoherent):
+        if incoherent[strength] > most:
+            return largest, round((largest + strength) / 2, 4)
+        largest = strength
+    return largest, None
 
 
 def _continued(prompt: TokenizedConversation, answer: tuple[int, ...]) -> TokenizedConversation:

@@ -10,6 +10,7 @@ from typing import Any
 
 from saetools.data.conversation import Message
 from saetools.endpoint import AnswerError, ChatSession, Endpoint
+from saetools.evaluate.coherence import Judge
 from saetools.provenance import sha256_of_texts
 
 _PROMPT = """Below are a question and an answer that a small language model gave to it. Judge only how coherent the \
@@ -67,6 +68,13 @@ def coherence_judge(endpoint: Endpoint, *, max_tokens: int = 16) -> EndpointJudg
         max_tokens: longest verdict; models that reason aloud need more.
     """
     return EndpointJudge(endpoint, max_tokens)
+
+
+def described_judge(judge: Judge | None) -> Any:
+    """Who judges, as results name it."""
+    if judge is None:
+        return None
+    return judge.describe() if isinstance(judge, EndpointJudge) else getattr(judge, "__qualname__", repr(judge))
 
 
 def read_score(text: str) -> float | None:
