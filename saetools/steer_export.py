@@ -126,9 +126,12 @@ def bake_edits(lm: LanguageModel, edits: Edits, out: str | Path) -> Path:
         ...     load_model(bake_edits(lm, {Site(15): push}, folder)).model.config.mlp_bias
         True
     """
-    if is_hooked_transformer(lm.model):
+    if is_hooked_transformer(lm.model) or hasattr(lm.layers[0], "_original_component"):
         raise InputError(
-            "lm", expected="a Hugging Face model", received="a HookedTransformer", remedy="load the original"
+            "lm",
+            expected="a plain Hugging Face model",
+            received="one of TransformerLens, or inside a TransformerBridge",
+            remedy="load the original",
         )
     plans = [(_writer(site), site, part) for site, part in _parts(lm, edits)]
     for (kind, layer), site, part in plans:

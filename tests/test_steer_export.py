@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_steer import V
 from tiny_sae import make_sae, with_random_adapter
+from transformer_lens.model_bridge import TransformerBridge
 
 from saetools import Site, bake_edits, edit, export_control_vector, load_model, steer
 from saetools.errors import InputError, ResourceError
@@ -158,3 +159,10 @@ def test_a_full_disk_leaves_no_control_vector(smollm, tmp_path, small_files):
     with small_files(1000), pytest.raises(ResourceError):
         export_control_vector(smollm, {Site(15): push}, tmp_path / "push.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_inside_a_bridge_is_not_baked(make_tiny, tmp_path):
+    lm = make_tiny("llama")
+    TransformerBridge.boot_transformers("x/llama", hf_model=lm.model, tokenizer=lm.tokenizer)
+    with pytest.raises(InputError, match="lm: expected a plain Hugging Face model"):
+        bake_edits(lm, {Site(1): PUSH}, tmp_path / "out")

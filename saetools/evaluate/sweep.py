@@ -237,11 +237,12 @@ def max_coherent_strength(
 
     Example:
         >>> v = torch.randn(576, generator=torch.Generator().manual_seed(0))
+        >>> config = SweepConfig(max_new_tokens=8, temperature=0.0)
         >>> found, _ = max_coherent_strength(
-        ...     lm, lambda s: {Site(15): steer.add_direction(v, s)}, ["Say hi."], strengths=(1.0, 1000.0), n_refine=0
+        ...     lm, lambda s: {Site(15): steer.add_direction(v, s)}, ["Say hi."], strengths=(0.01, 1000.0), config=config
         ... )
-        >>> found
-        1.0
+        >>> 0.01 <= found < 1000
+        True
     """
     if not strengths or min(strengths) <= 0:
         raise InputError("strengths", expected="some above 0", received=tuple(strengths), remedy="signs are the edit's")

@@ -47,8 +47,10 @@ def hook_functions(
         InputError: for another model, or a site that it does not have.
 
     Example:
+        >>> import copy
         >>> from transformer_lens.model_bridge import TransformerBridge
-        >>> bridge = TransformerBridge.boot_transformers("x/llama", hf_model=lm.model, tokenizer=lm.tokenizer)
+        >>> model = copy.deepcopy(lm.model)  # a bridge changes it
+        >>> bridge = TransformerBridge.boot_transformers("x/llama", hf_model=model, tokenizer=lm.tokenizer)
         >>> with hook_functions(bridge, {Site(1): steer.project_out(torch.ones(576))}) as hooks:
         ...     logits = bridge.run_with_hooks(torch.tensor([[5, 6, 7]]), fwd_hooks=hooks)
     """
