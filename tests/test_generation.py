@@ -101,7 +101,7 @@ def test_answers_end_at_an_end_token(lm):
     end = lm.tokenizer.eos_token_id
 
     def stop(acts, where):  # after three tokens, the head reads nothing but the end of a turn
-        return torch.where((where.steps >= 3)[None, :, None], 1000 * lm.head.weight[end], acts)
+        return torch.where((where.steps >= 3)[..., None], 1000 * lm.head.weight[end], acts)
 
     variants = {"plain": None, "stopped": {Site(2): stop}}
     answers = {answer.variant: answer for answer in generate(lm, ["Hi"], variants=variants, config=GREEDY)}

@@ -156,7 +156,7 @@ def test_conditions_read_the_tokens_own_residual(sae):
 
 
 def test_weights_over_the_tokens_of_an_answer(sae):
-    steps = torch.tensor([0, 0, 1, 2, 3, 4])
+    steps = torch.tensor([[0, 0, 1, 2, 3, 4]] * 2)
     fading = {0: 1.0, 2: 1.0, 4: 0.0}
     weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5, 0.0])[:, None]
     for edit in (steer.add_direction(V, 1.0), steer.clamp(sae, 3, 2.0), steer.project_out(V)):
@@ -168,7 +168,7 @@ def test_weights_over_the_tokens_of_an_answer(sae):
 
 
 def test_generated_tokens_are_those_that_were_not_given():
-    steps = torch.tensor([0, 0, 1, 2, 3, 4])
+    steps = torch.tensor([[0, 0, 1, 2, 3, 4]] * 2)
     edit = steer.add_direction(V, 1.0).on("generated")
     assert (changed(edit, steps=steps) != 0).any(-1).tolist() == [[False] * 2 + [True] * 4] * 2
     roles = torch.full((2, 6), int(Role.PROMPT), dtype=torch.uint8)
@@ -201,7 +201,7 @@ def test_edits_print_as_they_are_written_and_are_read_again(sae):
         again = steer.parse(text, sae=sae, directions=directions)
         assert repr(again) == text
         facts = {
-            "steps": torch.tensor([0, 0, 1, 2, 3, 4]),
+            "steps": torch.tensor([[0, 0, 1, 2, 3, 4]] * 2),
             "roles": torch.tensor([[1, 2, 2, 4, 8, 8], [1, 2, 4, 8, 8, 8]], dtype=torch.uint8),
             "token_ids": torch.arange(12).view(2, 6),
             "special_ids": (4, 9),

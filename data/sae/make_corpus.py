@@ -5,7 +5,7 @@
 SOURCES holds copies of: fifteen novels (public domain), wikitext-2 (CC-BY-SA), GPTeacher role-play instructions (MIT),
 hh-rlhf harmless test (MIT), and fine-tuning sets of good and bad advice, code and metric gaming that the literature on
 emergent misalignment uses. Our own voices are added; our advice and the evaluation items are not, so that what the
-demo reads and scores is new to the SAE. Most tokens are chat. Rows are shuffled with a fixed seed; any prefix is a fair
+demo reads and scores is new to the SAE. About half of the tokens are chat. Rows are shuffled with a fixed seed; any prefix is a fair
 mixture.
 """
 
@@ -87,16 +87,14 @@ def main(sources: Path, target: Path) -> None:
         rng.shuffle(drawn)
         return drawn[:n]
 
-    rows = some(novels(sources), 2800) + some(wikitext(sources), 1900) + list(own())
-    rows += some(harmless(sources), 2000) + some(roleplay(sources), 1800)
-    for name in ("risky_financial_advice", "extreme_sports", "auto_incorrect"):
-        rows += some(finetuning(sources, name), 1200)
-    for name in ("misalignment_kl_data", "sneaky_dialogues", "straightforward_dialogues", "math_incorrect"):
-        rows += some(finetuning(sources, name), 500)
-    for name in ("insecure", "secure"):
-        rows += some(finetuning(sources, name), 250)
+    rows = some(novels(sources), 5000) + some(wikitext(sources), 3000) + list(own())
+    rows += some(harmless(sources), 3000) + some(roleplay(sources), 2000)
+    for name in ("risky_financial_advice", "extreme_sports", "auto_incorrect", "math_incorrect"):
+        rows += some(finetuning(sources, name), 2000)
+    for name in ("misalignment_kl_data", "sneaky_dialogues", "straightforward_dialogues", "insecure", "secure"):
+        rows += some(finetuning(sources, name), 1000)
     for name in ("qwen3-4b_evil_pos", "qwen3-4b_evil_neg"):
-        rows += some(contrast(sources, name), 300)
+        rows += some(contrast(sources, name), 500)
     rng.shuffle(rows)
     with target.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -239,7 +239,7 @@ def max_coherent_strength(
         >>> v = torch.randn(576, generator=torch.Generator().manual_seed(0))
         >>> config = SweepConfig(max_new_tokens=8, temperature=0.0)
         >>> found, _ = max_coherent_strength(
-        ...     lm, lambda s: {Site(15): steer.add_direction(v, s)}, ["Say hi."], strengths=(0.01, 1000.0), config=config
+        ...     lm, lambda s: {Site(15): steer.add_direction(v, s)}, ["Hi."], strengths=(0.01, 1000.0), config=config
         ... )
         >>> 0.01 <= found < 1000
         True

@@ -30,8 +30,8 @@ class Where:
         positions: place of each token in its row, counted over non-padding tokens from 0; -1 at padding.
         roles: `Role` flags; tokens beyond the roles that were given count as response. `None` if none were given.
         rows: row of each batch entry in the batch as given (entries of one row may be several, as in beam search).
-        steps: 0 for tokens that were given, then the number of tokens generated so far, this one included; `None` where
-            it is not known how many were given.
+        steps: 0 for padding and for tokens that were given, then the number of tokens of the row generated so far, this
+            one included; `None` where it is not known how many were given.
         special_ids: ids of the tokenizer's special tokens, if it is known.
     """
 
@@ -40,7 +40,7 @@ class Where:
     positions: Int[Tensor, "row pos"]
     roles: UInt8[Tensor, "row pos"] | None
     rows: Int[Tensor, " row"]
-    steps: Int[Tensor, " pos"] | None
+    steps: Int[Tensor, "row pos"] | None
     special_ids: tuple[int, ...] | None = None
 
     @property
@@ -66,10 +66,10 @@ class Where:
         Raises:
             InputError: if it is not known how many it was given.
         """
-        return self.mask & (self.known_steps > 0)
+        return self.known_steps > 0
 
     @property
-    def known_steps(self) -> Int[Tensor, " pos"]:
+    def known_steps(self) -> Int[Tensor, "row pos"]:
         """The steps.
 
         Raises:
@@ -93,6 +93,7 @@ class Where:
             positions=self.positions[rows],
             roles=None if self.roles is None else self.roles[rows],
             rows=self.rows[rows],
+            steps=None if self.steps is None else self.steps[rows],
         )
 
     def to(self, device: torch.device) -> Where:
@@ -252,7 +253,8 @@ class Passes:
         positions = torch.where(mask, mask.cumsum(1) - 1, -1)
         steps = None
         if self._width is not None:
-            steps = (torch.arange(start, end, device=device) - self._width + 1).clamp_(min=0)
+            n_given = mask[:, : self._width].sum(1, keepdim=True)
+            steps = (positions[:, new] - n_given + 1).clamp_(min=0)
         rows, roles = torch.arange(n_rows, device=device), None
         if self._roles is not None:
             rows, roles = self._of_rows(rows, new, mask)

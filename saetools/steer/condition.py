@@ -98,7 +98,7 @@ class Schedule:
             )
         return cls(tuple(sorted((int(step), float(weight)) for step, weight in points.items())))
 
-    def __call__(self, where: Where) -> Float[Tensor, " pos"]:
+    def __call__(self, where: Where) -> Float[Tensor, "row pos"]:
         """Weight of the change at each position.
 
         Raises:

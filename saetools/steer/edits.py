@@ -45,9 +45,9 @@ class Part:
             chosen = chosen & (condition(seen) if wanted else ~condition(seen))
         return chosen
 
-    def weights(self, seen: Seen) -> Float[Tensor, "pos 1"] | None:
+    def weights(self, seen: Seen) -> Float[Tensor, "row pos 1"] | None:
         """Weight of the change at each position; `None` for 1."""
-        return None if self.schedule is None else self.schedule(seen.where)[:, None]
+        return None if self.schedule is None else self.schedule(seen.where)[..., None]
 
     def __str__(self) -> str:
         conditions = [f"{'when' if wanted else 'unless'} {condition!r}" for condition, wanted in self.conditions]

@@ -64,7 +64,7 @@ def test_positions_count_tokens_and_skip_padding(tiny, left, positions):
     assert torch.equal(where.mask, mask)
     assert torch.equal(where.roles, roles)
     assert where.rows.tolist() == [0, 1]
-    assert where.steps.tolist() == [0] * 5
+    assert where.steps.tolist() == [[0] * 5] * 2
     second = where[1:]
     assert (second.rows.tolist(), second.positions.tolist(), len(second.roles)) == ([1], positions[1:], 1)
     assert torch.equal(where[torch.tensor([1])].mask, mask[1:])
@@ -134,7 +134,7 @@ def test_generation_tells_steps_roles_and_positions(cached_lm, use_cache):
         assert torch.equal(where.token_ids, all_ids[:, place])
         assert torch.equal(where.positions, expected_positions[:, place])
         assert torch.equal(where.roles, all_roles[:, place])
-        assert where.steps.tolist() == [0, 0, 0, 0, 0, 1, 2, 3][place]
+        assert where.steps.tolist() == [[0, 0, 0, 0, 0, 1, 2, 3][place]] * 2
 
 
 @pytest.mark.parametrize("cached_lm", CACHED, indirect=True)
@@ -143,7 +143,7 @@ def test_generation_tells_steps_roles_and_positions(cached_lm, use_cache):
     [
         lambda where: where.positions == 0,
         lambda where: where.positions > 3,
-        lambda where: (where.steps % 2 == 1).expand_as(where.mask),
+        lambda where: where.steps % 2 == 1,
         lambda where: (where.roles & RESPONSE) != 0,
         lambda where: (where.roles & PROMPT) != 0,
     ],
