@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from saetools.data.conversation import Conversation
-from saetools.data.tokenizing import TokenizedConversation, pad, tokenize
-from saetools.errors import InputError
-from saetools.models.editing import Edit, Edits, Stackable, Where, as_sequence, edit
-from saetools.models.forward import final_hidden, logits
+from saetools.data.tokenizing import TokenizedConversation, tokenize
+from saetools.decoding import Lane, Row
+from saetools.errors import InputError, NonFiniteError
+from saetools.models.editing import Edits
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer
-from saetools.models.site import Site
+
+_CROWDED = 0.75  # of its rows that a batch goes on with; when fewer are left, the others are taken out
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,6 @@ def tokenize_prompts(lm: LanguageModel, prompts: Sequence[Conversation | str]) -
     return list(tokenize(conversations, lm.tokenizer, add_generation_prompt=True))
 
 
-@torch.inference_mode()
 def _answer_batch(
     lm: LanguageModel,
     tokenized: Sequence[TokenizedConversation],
@@ -184,117 +181,39 @@ def _answer_batch(
     variants: Mapping[str, Edits | None],
     config: SamplingConfig,
 ) -> list[Generation]:
-    from transformers import DynamicCache
+    lane = Lane(lm)
+    rows = {
+        job: Row(
+            tokenized[job[0]],
+            variants[job[1]],
+            random_stream(config.seed, job[0], job[2]),
+            config.max_new_tokens,
+            config.temperature,
+            config.top_p,
+        )
+        for job in jobs
+    }
+    with lm.active():  # once, not for every token
+        lane.admit(list(rows.values()))
+        while going := [row for row in lane.rows if not row.is_done]:
+            if len(going) <= _CROWDED * len(lane.rows):
+                lane.drop([row for row in lane.rows if row.is_done])
+            lane.step()
+    if broken := [variant for (_, variant, _), row in rows.items() if row.broken]:
+        raise NonFiniteError(
+            f"the output of the model under {broken[0]!r} is not finite; lower the strength of its edits"
+        )
+    return [_generation(lm, job, row) for job, row in rows.items()]
 
-    batch = pad([tokenized[prompt] for prompt, _, _ in jobs], range(len(jobs)), pad_left=True)
-    ends = torch.tensor(sorted(end_tokens(lm)), device=lm.device)
-    streams = [_random_stream(config.seed, prompt, sample) for prompt, _, sample in jobs]
-    edits = combine_rows([variants[variant] for _, variant, _ in jobs])
-    token_ids, mask = batch.token_ids.to(lm.device), batch.mask.to(lm.device)
-    new: list[Tensor] = []
-    finished = torch.zeros(len(jobs), dtype=torch.bool, device=lm.device)
-    with lm.active(), edit(lm, edits, roles=batch.roles):
-        cache = DynamicCache(config=lm.model.config)
-        for _ in range(config.max_new_tokens):
-            hidden = final_hidden(lm, token_ids, mask, cache=cache)[:, -1]
-            chosen = choose_tokens(logits(lm, hidden).float(), config, streams).to(lm.device)
-            new.append(chosen)
-            finished |= torch.isin(chosen, ends)
-            if bool(finished.all()):
-                break
-            token_ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(jobs), 1)], dim=1)
-    answers = torch.stack(new, dim=1).tolist()
-    stops = set(ends.tolist())
-    return [_generation(lm, job, row, stops) for job, row in zip(jobs, answers, strict=True)]
 
-
-def _generation(lm: LanguageModel, job: Job, row: list[int], stops: set[int]) -> Generation:
-    length = next((i for i, token in enumerate(row) if token in stops), len(row))
-    text = lm.tokenizer.decode(row[:length], skip_special_tokens=True)
+def _generation(lm: LanguageModel, job: Job, row: Row) -> Generation:
     prompt, variant, sample = job
-    return Generation(prompt, variant, sample, text, tuple(row[:length]), finished=length < len(row))
+    ids = row.answer_ids
+    text = lm.tokenizer.decode(ids, skip_special_tokens=True)
+    return Generation(prompt, variant, sample, text, tuple(ids), finished=row.finished)
 
 
-class PerRow:
-    """Another edit for every row of a batch, so that several run side by side; those of one structure run as one.
-
-    Args:
-        edits: one per row; `None` leaves a row alone.
-    """
-
-    def __init__(self, edits: Sequence[Edit | None]) -> None:
-        self._groups: list[tuple[Int[Tensor, " row"], Edit]] = []
-        self._n_rows = len(edits)
-        rows_of: dict[Hashable, list[int]] = {}
-        for row, fn in enumerate(edits):
-            if fn is not None:
-                rows_of.setdefault(fn.structure() if isinstance(fn, Stackable) else id(fn), []).append(row)
-        for rows in rows_of.values():
-            fns, index = [edits[row] for row in rows], torch.tensor(rows)
-            first = fns[0]
-            assert first is not None
-            alike = all(fn is first for fn in fns)
-            self._groups.append(
-                (index, first if alike or not isinstance(first, Stackable) else first.stacked(fns, index))
-            )
-
-    def __call__(self, acts: Tensor, where: Where) -> Tensor:
-        """Edit each row of a pass by its own edit."""
-        out = acts
-        for rows, fn in self._groups:
-            if len(rows) == self._n_rows:
-                return fn(acts, where)
-            index = torch.isin(where.rows, rows.to(where.rows.device)).nonzero()[:, 0]
-            if len(index):
-                out = out.index_copy(0, index, fn(acts[index], where[index]).to(acts.dtype))
-        return out
-
-
-def combine_rows(row_edits: Sequence[Edits | None]) -> dict[Site, list[Edit]]:
-    """Edits for a batch in which every row has edits of its own.
-
-    Args:
-        row_edits: the edits of each row, `None` for none.
-    """
-    sites = {site for edits in row_edits if edits is not None for site in edits}
-    combined: dict[Site, list[Edit]] = {}
-    for site in sorted(sites):
-        chains = [as_sequence(edits[site]) if edits is not None and site in edits else () for edits in row_edits]
-        combined[site] = [PerRow(stage) for stage in zip_longest(*chains)]
-    return combined
-
-
-def end_tokens(lm: LanguageModel) -> set[int]:
-    """Ids of the tokens that end an answer."""
-    settings = getattr(lm.model, "generation_config", None)
-    configured = getattr(settings, "eos_token_id", None)
-    ids = set(configured) if isinstance(configured, list) else {configured}
-    return {token for token in ids | {lm.tokenizer.eos_token_id} if token is not None}
-
-
-def _random_stream(seed: int, prompt: int, sample: int) -> torch.Generator:
+def random_stream(seed: int, prompt: int, sample: int) -> torch.Generator:
+    """The random numbers of an answer, which depend neither on its batch nor on its edits."""
     digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def choose_tokens(
-    scores: Float[Tensor, "row vocab"], config: SamplingConfig, streams: Sequence[torch.Generator]
-) -> Int[Tensor, " row"]:
-    """One token a row: by inverting the cumulative distribution at one uniform number of the row's own stream."""
-    if config.temperature == 0:
-        return scores.argmax(-1)
-    probs = torch.softmax(scores.double() / config.temperature, dim=-1)
-    uniform = torch.stack([torch.rand((), generator=stream, dtype=torch.double) for stream in streams]).to(probs.device)
-    if config.top_p >= 1:
-        cumulative = probs.cumsum(-1)
-        return (
-            torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
-            .squeeze(1)
-            .clamp_(max=probs.shape[1] - 1)
-        )
-    ordered, tokens = probs.sort(-1, descending=True)
-    cumulative = ordered.cumsum(-1)
-    kept = torch.where(cumulative - ordered < config.top_p, ordered, 0.0).cumsum(-1)
-    place = torch.searchsorted(kept, uniform[:, None] * kept[:, -1:]).clamp_(max=probs.shape[1] - 1)
-    return tokens.gather(1, place).squeeze(1)

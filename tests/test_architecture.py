@@ -38,6 +38,8 @@ LAYERS = {
     "activations": 2,
     "latents": 2,
     "generation": 2,
+    "decoding": 2,
+    "row_edits": 2,
     "sae.train": 3,
     "sae.loss": 3,
     "sae.dense": 3,

@@ -7,9 +7,11 @@ import torch
 from tiny_sae import make_sae, with_random_adapter
 
 from saetools.data import Conversation
+from saetools.decoding import choose_tokens
 from saetools.errors import InputError
-from saetools.generation import PerRow, SamplingConfig, choose_tokens, generate
+from saetools.generation import SamplingConfig, generate
 from saetools.models import Site
+from saetools.row_edits import PerRow
 from saetools.steer import add_direction, clamp
 
 SITE = Site(1)
@@ -80,7 +82,8 @@ def test_limits_of_the_temperature_and_of_top_p_are_greedy(lm):
 def test_tokens_are_drawn_with_their_probabilities(settings, expected):
     stream = torch.Generator().manual_seed(0)
     scores = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(4000, 4) + 3.0
-    chosen = choose_tokens(scores, SamplingConfig(**settings), [stream] * 4000)
+    config = SamplingConfig(**settings)
+    chosen = choose_tokens(scores, config.temperature, config.top_p, [stream] * 4000)
     shares = torch.bincount(chosen, minlength=4) / 4000
     assert (shares - torch.tensor(expected)).abs().max() < 0.035
     assert not shares[torch.tensor(expected) == 0].any()
