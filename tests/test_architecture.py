@@ -39,6 +39,7 @@ LAYERS = {
     "latents": 2,
     "generation": 2,
     "decoding": 2,
+    "engine": 2,
     "row_edits": 2,
     "sae.train": 3,
     "sae.loss": 3,
