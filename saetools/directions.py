@@ -47,7 +47,7 @@ class Direction:
         Raises:
             ResourceError: if disk space runs out.
         """
-        tensors = {str(site): vector for site, vector in self.vectors.items()}
+        tensors = {str(site): vector.clone() for site, vector in self.vectors.items()}  # one may serve several
         return save_result(path, "direction", {}, {"provenance": self.provenance}, tensors=tensors)
 
     @classmethod

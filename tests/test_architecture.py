@@ -75,6 +75,7 @@ LAYERS = {
     "report": 7,
     "demo": 7,
     "cli": 7,
+    "serve": 7,
 }
 
 

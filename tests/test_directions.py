@@ -128,7 +128,8 @@ def test_the_direction_of_the_organism_raises_the_score_where_it_is_added(organi
 
 
 def test_a_saved_direction_is_the_same_after_loading(tmp_path):
-    vectors = {Site(3): torch.randn(8), Site(1, "attn_out"): torch.randn(8)}
+    shared = torch.randn(8)
+    vectors = {Site(3): torch.randn(8), Site(1, "attn_out"): shared, Site(2): shared}
     direction = Direction(vectors, {"seed": 1})
     loaded = Direction.load(direction.save(tmp_path / "evil"))
     assert loaded.provenance == direction.provenance

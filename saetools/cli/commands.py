@@ -24,6 +24,7 @@ from saetools.cli.options import (
 from saetools.cli.output import check_file, check_folder, print_json, printable, write_text
 from saetools.cli.persona_command import Persona
 from saetools.cli.sae_commands import Sae
+from saetools.cli.serve_command import Serve
 from saetools.cli.training import Harvest, Train, cuts
 from saetools.data import Positions
 from saetools.diff import DiffConfig, LatentDiff
@@ -294,6 +295,7 @@ COMMANDS = {
     "search": Search,
     "steer": Steer,
     "generate": Generate,
+    "serve": Serve,
     "finetune": Finetune,
     "report": Report,
     "demo": Demo,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from saetools.sae import SAE
 
 
+_SHIPPED_WIDTH = 576  # of the shipped SAE
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model."""
@@ -213,31 +216,43 @@ class EndpointOptions:
 
 
 @dataclass(frozen=True)
+class EditSources:
+    """What edits may name."""
+
+    sae: SAEOptions = field(default_factory=SAEOptions)
+    direction: tuple[str, ...] = ()
+    """Directions, as NAME=FOLDER of a saved direction; only those at the site of an edit count."""
+
+    def __post_init__(self) -> None:
+        for text in self.direction:
+            if "=" not in text:
+                raise InputError("--direction", expected="NAME=FOLDER", received=repr(text), remedy="name it")
+
+    def load(self, lm: LanguageModel) -> dict[str, Any]:
+        """SAE, site and directions, as `parse_edits` takes them; no SAE if none is asked for and ours does not fit."""
+        from saetools.directions import Direction
+
+        directions = {
+            name: Direction.load(folder).vectors for name, _, folder in (text.partition("=") for text in self.direction)
+        }
+        sae, site = (None, None) if self.sae.sae is None and lm.d_model != _SHIPPED_WIDTH else self.sae.load(lm)
+        return {"sae": sae, "site": site, "directions": directions}
+
+
+@dataclass(frozen=True)
 class EditOptions:
     """What to do to the residual stream."""
 
-    sae: SAEOptions = field(default_factory=SAEOptions)
+    sources: EditSources = field(default_factory=EditSources)
     edit: tuple[str, ...] = ()
     """Edits as they print, such as "clamp 6400=0 on response" or "add 12=0.3*norm"; they run in this order, at the site
     of the SAE or at one that is put before them: "blocks.15.hook_resid_post: project_out evil"."""
-    direction: tuple[str, ...] = ()
-    """Directions that edits name, as NAME=FOLDER of a saved direction; only those at the site of the edit count."""
 
     def edits(self, lm: LanguageModel) -> Edits:
         """The edits by site; empty if none are asked for."""
-        from saetools.directions import Direction
         from saetools.steer import parse_edits
 
-        if not self.edit:
-            return {}
-        sae, site = self.sae.load(lm)
-        directions = {}
-        for text in self.direction:
-            name, equals, folder = text.partition("=")
-            if not equals:
-                raise InputError("--direction", expected="NAME=FOLDER", received=repr(text), remedy="name it")
-            directions[name] = Direction.load(folder).vectors
-        return parse_edits(self.edit, sae=sae, site=site, directions=directions)
+        return parse_edits(self.edit, **self.sources.load(lm)) if self.edit else {}
 
 
 def at_least(least: int, option: str, value: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import saetools.models
 from saetools.cli import main
-from saetools.cli.options import EditOptions, ModelOptions, SAEOptions
+from saetools.cli.options import EditOptions, EditSources, ModelOptions, SAEOptions
 from saetools.directions import Direction
 from saetools.errors import InputError
 from saetools.latent_diff import LatentDiff
@@ -262,9 +262,10 @@ def test_an_sae_goes_to_the_models_device_and_takes_a_site(smollm: LanguageModel
     vectors = {Site(5): torch.ones(576), Site(3, "resid_pre"): torch.ones(576)}
     Direction(vectors, {"seed": 0}).save(tmp_path / "evil")
     options = EditOptions(
-        SAEOptions(str(tmp_path / "576"), "blocks.3.hook_resid_pre"),
+        EditSources(
+            SAEOptions(str(tmp_path / "576"), "blocks.3.hook_resid_pre"), direction=(f"evil={tmp_path / 'evil'}",)
+        ),
         edit=("ablate 1", "project_out evil", "blocks.5.hook_resid_post: add_direction evil=2"),
-        direction=(f"evil={tmp_path / 'evil'}",),
     )
     shown = {site: repr(fns) for site, fns in options.edits(smollm).items()}
     assert shown == {
