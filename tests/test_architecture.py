@@ -76,6 +76,7 @@ LAYERS = {
     "demo": 7,
     "cli": 7,
     "serve": 7,
+    "chat": 7,
 }
 
 

@@ -15,10 +15,11 @@ from saetools.cli.options import (
     progress,
     warn,
 )
-from saetools.cli.output import check_folder, print_json, write_text
+from saetools.cli.output import check_folder, print_json
 from saetools.data import Positions
 from saetools.errors import InputError
 from saetools.evaluate import CertificateConfig
+from saetools.provenance import write_text
 
 if TYPE_CHECKING:
     from saetools.data import Conversation, ForcedChoiceItem

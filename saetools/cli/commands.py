@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from saetools.cli.certify_command import Certify
+from saetools.cli.chat_command import ChatCommand
 from saetools.cli.latent_commands import Explain, Index, Search
 from saetools.cli.options import (
     DataOptions,
@@ -21,7 +22,7 @@ from saetools.cli.options import (
     at_least,
     progress,
 )
-from saetools.cli.output import check_file, check_folder, print_json, printable, write_text
+from saetools.cli.output import check_file, check_folder, print_json, printable
 from saetools.cli.persona_command import Persona
 from saetools.cli.sae_commands import Sae
 from saetools.cli.serve_command import Serve
@@ -32,6 +33,7 @@ from saetools.errors import InputError
 from saetools.finetune import FinetuneConfig, FinetuneProgress
 from saetools.generation import SamplingConfig
 from saetools.latent_diff import in_brackets
+from saetools.provenance import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -295,6 +297,7 @@ COMMANDS = {
     "search": Search,
     "steer": Steer,
     "generate": Generate,
+    "chat": ChatCommand,
     "serve": Serve,
     "finetune": Finetune,
     "report": Report,
@@ -304,5 +307,6 @@ COMMANDS = {
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} answers in {path}")

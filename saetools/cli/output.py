@@ -56,14 +56,3 @@ def printable(text: str) -> str:
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object for other programs; what is not a finite number is null."""
     print(json.dumps(plain(value), indent=2, ensure_ascii=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
