@@ -13,6 +13,8 @@ PEERS = {
     "dictionary-learning": (("torch",), "dictionary-learning==0.1.0", "dictionary_learning"),
     "eai-sparsify": (("torch",), "eai-sparsify==1.3.3", "sparsify"),
     "nnsight": (("torch", "transformers"), "nnsight==0.8.1", "nnsight"),
+    "repeng": (("torch",), "repeng==0.4.0 transformers==4.57.6 accelerate", "repeng"),
+    "steering-vectors": (("torch",), "steering-vectors==0.12.2 transformers==4.57.6", "steering_vectors"),
 }
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 from saetools.data.conversation import Conversation, Message
 from saetools.engine import Engine, Request, Stream
-from saetools.errors import InputError
+from saetools.errors import InputError, SaetoolsError
+from saetools.generation import check_sampling
 from saetools.models.site import Site
 from saetools.provenance import write_text
+from saetools.report.markdown import escape_markdown
 from saetools.sae.model import SAE
 from saetools.steer.edits import SteeringEdit
 from saetools.steer.text import parse_edits
@@ -39,6 +41,9 @@ class ChatConfig:
     """Of the first answer; the next turn has the next."""
     system: str | None = None
     """A system prompt for all voices."""
+
+    def __post_init__(self) -> None:
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -63,29 +68,30 @@ class Chat:
     """A conversation in the making.
 
     Args:
-        engine: answers; it has every adapter that voices use.
-        voices: adapter by voice, `None` for the base; the steered voice is added to them.
-        steered: the adapter of the steered voice.
+        engine: answers; each of its models is a voice.
+        steered: the model of the steered voice, which is added to them.
         sources: what edits may name, as `parse_edits` takes it.
         config: how answers are drawn.
+        texts: edits of the steered voice, in their order.
+
+    Raises:
+        InputError: for a model called `steered`, or text that is no edit.
     """
 
     engine: Engine
-    voices: Mapping[str, str | None]
-    steered: str | None
+    steered: str
     sources: Mapping[str, SAE | Site | Mapping[str, Any] | None]
     config: ChatConfig = field(default_factory=ChatConfig)
     texts: list[str] = field(default_factory=list)
-    """Edits of the steered voice, in their order."""
     turns: list[Turn] = field(default_factory=list)
     """What was said, also before a reset."""
     _histories: dict[str, list[Message]] = field(default_factory=dict)
-    _n_asked: int = 0
 
     def __post_init__(self) -> None:
-        self.voices = {**self.voices, STEERED: self.steered}
-        for text in self.texts:
-            self._parsed([text])
+        if STEERED in self.engine.models:
+            raise InputError("adapter", expected=f"another name than {STEERED!r}", received=STEERED, remedy="rename it")
+        self.voices = {**{name: name for name in self.engine.models}, STEERED: self.steered}
+        self._parsed(self.texts)
         self.reset()
 
     def add_edit(self, text: str) -> str:
@@ -95,8 +101,7 @@ class Chat:
             InputError: for text that is no edit, naming the word.
         """
         ((site, edits),) = self._parsed([text]).items()
-        home = self.sources.get("site")
-        written = repr(edits[0]) if site == home or home is None else f"{site}: {edits[0]!r}"
+        written = repr(edits[0]) if site == self.sources.get("site") else f"{site}: {edits[0]!r}"
         self.texts.append(written)
         return written
 
@@ -127,29 +132,68 @@ class Chat:
         if name not in kinds:
             raise InputError("name", expected="one of " + ", ".join(kinds), received=repr(name), remedy="pick one")
         try:
-            changed = dataclasses.replace(self.config, **{name: kinds[name](value)})
+            number = kinds[name](value)
         except ValueError as error:
             raise InputError(name, expected="a number", received=repr(value), remedy="mend it") from error
-        Request(Conversation(text="x"), **_drawing(changed))  # checks the value
-        self.config = changed
-        return changed
+        self.config = dataclasses.replace(self.config, **{name: number})
+        return self.config
 
     def ask(self, question: str) -> Iterator[dict[str, str]]:
         """Ask all voices; hands out what each has said so far, until all are done.
 
-        If the iteration is given up, what was said by then is their answer.
+        If the iteration is given up, or a voice fails, what was said by then is its answer; a voice that said nothing
+        forgets the question.
 
         Raises:
-            InputError: if question and history do not fit the context any more.
+            InputError: if question and history do not fit the context any more; then nobody is asked.
+            NonFiniteError: after the others are done, if edits are too strong for the steered voice.
         """
-        asked = {voice: [*history, Message("user", question)] for voice, history in self._histories.items()}
-        streams = self._streams(asked)
+        return self._ask(question, self._histories, self.config.seed + len(self.turns))
+
+    def retry(self) -> Iterator[dict[str, str]]:
+        """Ask the last question again, as if it had not been asked: with the same random numbers.
+
+        Raises:
+            InputError: if nothing was asked, and as `ask`.
+        """
+        if not any(message.role == "user" for turns in self._histories.values() for message in turns):
+            raise InputError("retry", expected="a question before it", received="none", remedy="ask something")
+        last = self.turns[-1]
+        before = {
+            voice: turns[:-2] if turns[-1].role == "assistant" else turns for voice, turns in self._histories.items()
+        }
+        return self._ask(last.question, before, last.config.seed)
+
+    def _ask(self, question: str, histories: Mapping[str, list[Message]], seed: int) -> Iterator[dict[str, str]]:
+        asked = {voice: [*history, Message("user", question)] for voice, history in histories.items()}
+        config = dataclasses.replace(self.config, seed=seed)
+        streams: dict[str, Stream] = {}
+        try:
+            for voice, model in self.voices.items():
+                edits = self._parsed(self.texts) if voice == STEERED else None
+                request = Request(Conversation(tuple(asked[voice])), model, edits, **_drawing(config))
+                streams[voice] = self.engine.submit(request)
+        except SaetoolsError:
+            for stream in streams.values():
+                stream.cancel()
+            raise
+        return self._said(question, histories, streams, config)
+
+    def _said(
+        self, question: str, histories: Mapping[str, list[Message]], streams: Mapping[str, Stream], config: ChatConfig
+    ) -> Iterator[dict[str, str]]:
         said = dict.fromkeys(streams, "")
         pieces = {voice: iter(stream) for voice, stream in streams.items()}
+        failures: list[SaetoolsError] = []
         try:
             while pieces:
                 for voice in list(pieces):
-                    if (piece := next(pieces[voice], None)) is None:
+                    try:
+                        piece = next(pieces[voice], None)
+                    except SaetoolsError as error:
+                        failures.append(error)
+                        piece = None
+                    if piece is None:
                         del pieces[voice]
                     else:
                         said[voice] += piece.text
@@ -157,33 +201,12 @@ class Chat:
         finally:
             for stream in streams.values():
                 stream.cancel()
-            self._histories = {voice: [*turns, Message("assistant", said[voice])] for voice, turns in asked.items()}
-            self.turns.append(Turn(question, dict(said), tuple(self.texts), self.config))
-            self._n_asked += 1
-
-    def retry(self) -> Iterator[dict[str, str]]:
-        """Ask the last question again, as if it had not been asked.
-
-        Raises:
-            InputError: if nothing was asked.
-        """
-        if not any(message.role == "user" for message in self._histories[STEERED]):
-            raise InputError("retry", expected="a question before it", received="none", remedy="ask something")
-        self._histories = {voice: turns[:-2] for voice, turns in self._histories.items()}
-        return self.ask(self.turns[-1].question)
-
-    def _streams(self, asked: Mapping[str, Sequence[Message]]) -> dict[str, Stream]:
-        settings = _drawing(self.config) | {"seed": self.config.seed + self._n_asked}
-        requests = {
-            voice: Request(
-                Conversation(tuple(asked[voice])),
-                adapter,
-                self._parsed(self.texts) if voice == STEERED else None,
-                **settings,
-            )
-            for voice, adapter in self.voices.items()
-        }
-        return {voice: self.engine.submit(request) for voice, request in requests.items()}
+            for voice, history in histories.items():
+                answered = [Message("user", question), Message("assistant", said[voice])] if said[voice] else []
+                self._histories[voice] = [*history, *answered]
+            self.turns.append(Turn(question, dict(said), tuple(self.texts), config))
+        if failures:
+            raise failures[0]
 
     def _parsed(self, texts: Sequence[str]) -> dict[Site, list[SteeringEdit]]:
         sources: Any = self.sources
@@ -203,10 +226,10 @@ def save_transcript(turns: Sequence[Turn], path: str | Path) -> Path:
 
 
 def _markdown(turn: Turn) -> str:
-    lines = [f"## {_quoted(turn.question)}", ""]
+    lines = [f"## {escape_markdown(_quoted(turn.question))}", ""]
     lines += [f"Edits: `{'`, `'.join(turn.edits)}`" if turn.edits else "No edits.", ""]
     for voice, answer in turn.answers.items():
-        lines += [f"**{voice}**", "", *(f"> {line}" for line in answer.splitlines() or [""]), ""]
+        lines += [f"**{voice}**", "", *(f"> {escape_markdown(line)}" for line in answer.splitlines() or [""]), ""]
     return "\n".join(lines) + "\n"
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from saetools.data.roles import Role
 from saetools.data.tokenizing import TokenizedConversation, pad
-from saetools.models.editing import Edit, Edits, Where, edit
+from saetools.models.editing import Edits, edit
 from saetools.models.forward import final_hidden, logits
 from saetools.models.language_model import LanguageModel
 from saetools.models.site import Site
+from saetools.models.where import Edit, Where
 from saetools.row_edits import combine_rows
 
 
@@ -90,17 +91,17 @@ class Lane:
         token_ids, mask = batch.token_ids.to(self._lm.device), batch.mask.to(self._lm.device)
         cache = DynamicCache()  # whole contexts also where layers look back a little: their masks see to it
         edits = combine_rows([row.edits for row in rows])
-        with edit(self._lm, edits, roles=batch.roles):
-            hidden = final_hidden(self._lm, token_ids, mask, cache=cache)[:, -1]
-        self._choose(rows, hidden)
-        caches, masks = [(cache, mask)], [mask]
+        with self._lm.active():
+            with edit(self._lm, edits, roles=batch.roles):
+                hidden = final_hidden(self._lm, token_ids, mask, cache=cache)[:, -1]
+            scores = logits(self._lm, hidden).float()
+        everyone = [*self.rows, *rows]
+        all_edits = combine_rows([row.edits for row in everyone])
         if self.rows:
-            caches, masks = [(self._cache, self._mask), (cache, mask)], [self._mask, mask]
-        self._cache = merged([one for one, _ in caches])
-        width = max(mask.shape[1] for mask in masks)
-        self._mask = torch.cat([_padded(mask, width) for mask in masks])
-        self.rows = [*self.rows, *rows]
-        self._edits = combine_rows([row.edits for row in self.rows])
+            width = max(mask.shape[1], self._mask.shape[1])
+            cache, mask = merged([self._cache, cache]), torch.cat([_padded(self._mask, width), _padded(mask, width)])
+        choose(rows, scores, self._ends)  # nothing has changed before
+        self.rows, self._cache, self._mask, self._edits = everyone, cache, mask, all_edits
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -118,10 +119,13 @@ class Lane:
             return run
 
         edits = {site: [known(fn) for fn in fns] for site, fns in self._edits.items()}
-        with edit(self._lm, edits):
-            hidden = final_hidden(self._lm, last, mask, cache=self._cache)[:, -1]
+        going = [number for number, row in enumerate(self.rows) if not row.is_done]
+        with self._lm.active():
+            with edit(self._lm, edits):
+                hidden = final_hidden(self._lm, last, mask, cache=self._cache)[:, -1]
+            scores = logits(self._lm, hidden if len(going) == n_rows else hidden[going]).float()
         self._mask = mask
-        self._choose(self.rows, hidden)
+        choose([self.rows[number] for number in going], scores, self._ends)
 
     def drop(self, rows: Collection[Row]) -> None:
         """Let rows go."""
@@ -139,25 +143,28 @@ class Lane:
         self._cache = selected(self._cache, index, empty)
         self._edits = combine_rows([row.edits for row in self.rows])
 
-    def _choose(self, rows: Sequence[Row], hidden: Float[Tensor, "row d_model"]) -> None:
-        going = [number for number, row in enumerate(rows) if not row.is_done]
-        rows = [rows[number] for number in going]
-        scores = logits(self._lm, hidden if len(going) == len(hidden) else hidden[going]).float()
-        for row, is_finite in zip(rows, torch.isfinite(scores.sum(1)).tolist(), strict=True):
-            row.broken = not is_finite
-        kinds = {(row.temperature, row.top_p) for row in rows if not row.broken}
-        for settings in kinds:
-            own = [
-                number for number, row in enumerate(rows) if (row.temperature, row.top_p) == settings and not row.broken
-            ]
-            some = scores if len(own) == len(rows) else scores[own]
-            tokens = choose_tokens(some, *settings, [rows[number].stream for number in own]).tolist()
-            for number, token in zip(own, tokens, strict=True):
-                row = rows[number]
-                row.token_ids.append(token)
-                row.finished = token in self._ends
-                if row.n_top is not None:
-                    _keep_log_probs(row, scores[number], row.n_top)
+
+def choose(rows: Sequence[Row], scores: Float[Tensor, "row vocab"], ends: Collection[int]) -> None:
+    """Give every row its next token.
+
+    Args:
+        rows: none of which is done.
+        scores: logits for each.
+        ends: tokens that end an answer.
+    """
+    for row, is_finite in zip(rows, torch.isfinite(scores.sum(1)).tolist(), strict=True):
+        row.broken = not is_finite
+    able = [(number, row) for number, row in enumerate(rows) if not row.broken]
+    for settings in {(row.temperature, row.top_p) for _, row in able}:
+        own = [number for number, row in able if (row.temperature, row.top_p) == settings]
+        some = scores if len(own) == len(rows) else scores[own]
+        tokens = choose_tokens(some, *settings, [rows[number].stream for number in own]).tolist()
+        for number, token in zip(own, tokens, strict=True):
+            row = rows[number]
+            row.token_ids.append(token)
+            row.finished = token in ends
+            if row.n_top is not None:
+                _keep_log_probs(row, scores[number], row.n_top)
 
 
 def end_tokens(lm: LanguageModel) -> set[int]:

@@ -28,9 +28,10 @@ from saetools.evaluate.fidelity import measure_fidelity
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
 from saetools.generation import SamplingConfig, generate
 from saetools.interpret import promoted_tokens
-from saetools.models.editing import Edit, Edits
+from saetools.models.editing import Edits
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import load_model
+from saetools.models.where import Edit
 from saetools.provenance import sha256_of_texts, versions
 from saetools.report.value import AnswerRow, DoseRow, LatentRow, ModelScore, PersonaReport
 from saetools.report.write import write_report

@@ -39,15 +39,25 @@ class SamplingConfig:
     """Answers generated together."""
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("n_samples", self.n_samples >= 1, "1 or more"),
-            ("batch_rows", self.batch_rows >= 1, "1 or more"),
-        ):
-            if not good:
-                raise InputError(name, expected=expected, received=getattr(self, name), remedy="pick another")
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p)
+        for name in ("n_samples", "batch_rows"):
+            if getattr(self, name) < 1:
+                raise InputError(name, expected="1 or more", received=getattr(self, name), remedy="pick another")
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Make sure that answers can be drawn so.
+
+    Raises:
+        InputError: naming the setting that is out of range.
+    """
+    for name, received, good, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
+    ):
+        if not good:
+            raise InputError(name, expected=expected, received=received, remedy="pick another")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Generation:
         text: the answer, without special tokens.
         token_ids: its tokens, without the one that ended it.
         finished: whether it ended by itself.
+        broken: whether the model's output became infinite or NaN, which ended it; `generate` raises instead.
     """
 
     prompt: int
@@ -69,6 +80,7 @@ class Generation:
     text: str
     token_ids: tuple[int, ...]
     finished: bool
+    broken: bool = False
 
 
 Job = tuple[int, str, int]
@@ -98,6 +110,7 @@ def generate(
     Raises:
         InputError: for a prompt that ends with an answer, for prompts and answers longer than the model's context, or
             for a `HookedTransformer`, whose cache is another.
+        NonFiniteError: if the model's output becomes infinite or NaN.
 
     Example:
         >>> [answer.text for answer in generate(lm, ["Say hi."], config=SamplingConfig(8, temperature=0.0))]
@@ -106,6 +119,10 @@ def generate(
     variants = {"plain": None} if variants is None else variants
     answers: list[Generation] = []
     for some in generate_batches(lm, prompts, variants, config):
+        if broken := [answer.variant for answer in some if answer.broken]:
+            raise NonFiniteError(
+                f"the output of the model under {broken[0]!r} is not finite; lower the strength of its edits"
+            )
         answers += some
         if on_progress is not None:
             on_progress(len(answers), len(prompts) * len(variants) * config.n_samples)
@@ -121,7 +138,7 @@ def generate_batches(
     *,
     skip: Collection[Job] = (),
 ) -> Iterator[list[Generation]]:
-    """The same, a batch at a time as it is done, by the length of its prompts.
+    """The same, a batch at a time as it is done, by the length of its prompts; answers may be broken.
 
     Args:
         lm: the model.
@@ -199,10 +216,6 @@ def _answer_batch(
             if len(going) <= _CROWDED * len(lane.rows):
                 lane.drop([row for row in lane.rows if row.is_done])
             lane.step()
-    if broken := [variant for (_, variant, _), row in rows.items() if row.broken]:
-        raise NonFiniteError(
-            f"the output of the model under {broken[0]!r} is not finite; lower the strength of its edits"
-        )
     return [_generation(lm, job, row) for job, row in rows.items()]
 
 
@@ -210,7 +223,7 @@ def _generation(lm: LanguageModel, job: Job, row: Row) -> Generation:
     prompt, variant, sample = job
     ids = row.answer_ids
     text = lm.tokenizer.decode(ids, skip_special_tokens=True)
-    return Generation(prompt, variant, sample, text, tuple(ids), finished=row.finished)
+    return Generation(prompt, variant, sample, text, tuple(ids), row.finished, row.broken)
 
 
 def random_stream(seed: int, prompt: int, sample: int) -> torch.Generator:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saetools.models.editing import Edit, Edits, Stackable, Where, as_sequence
+from saetools.models.editing import Edits, Stackable, as_sequence
 from saetools.models.site import Site
+from saetools.models.where import Edit, Where
 
 
 class PerRow:
@@ -28,13 +30,13 @@ class PerRow:
             if fn is not None:
                 rows_of.setdefault(fn.structure() if isinstance(fn, Stackable) else id(fn), []).append(row)
         for rows in rows_of.values():
-            fns, index = [edits[row] for row in rows], torch.tensor(rows)
-            first = fns[0]
-            assert first is not None
-            alike = all(fn is first for fn in fns)
-            self._groups.append(
-                (index, first if alike or not isinstance(first, Stackable) else first.stacked(fns, index))
-            )
+            different: list[Any] = list({id(edits[row]): edits[row] for row in rows}.values())
+            fn = different[0]
+            if len(different) > 1:
+                numbers = {id(one): number for number, one in enumerate(different)}
+                choice = [numbers.get(id(one), 0) for one in edits]
+                fn = fn.stacked(different, torch.tensor(choice))
+            self._groups.append((torch.tensor(rows), fn))
 
     def __call__(self, acts: Tensor, where: Where) -> Tensor:
         """Edit each row of a pass by its own edit."""

@@ -70,15 +70,14 @@ def export_control_vector(lm: LanguageModel, edits: Edits, path: str | Path) -> 
 
     vectors: dict[int, Tensor] = {}
     for site, part in _parts(lm, edits):
-        layer = site.layer - (site.stream == "resid_pre")
-        if not isinstance(part.change, Push) or site.stream not in ("resid_pre", "resid_post") or layer < 1:
+        layer, vector = site.layer - (site.stream == "resid_pre"), _pushed(part)
+        if vector is None or site.stream not in ("resid_pre", "resid_post") or layer < 1:
             raise InputError(
                 "edits",
                 expected="add or add_direction after layers 1 and above",
                 received=f"{part} at {site}",
                 remedy="bake it into the weights, or run it in saetools",
             )
-        vector = part.change.vector.float().cpu()
         vectors[layer] = vectors[layer] + vector if layer in vectors else vector
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +132,10 @@ def bake_edits(lm: LanguageModel, edits: Edits, out: str | Path) -> Path:
             received="one of TransformerLens, or inside a TransformerBridge",
             remedy="load the original",
         )
+    if not all(parameter.is_floating_point() for parameter in lm.model.parameters()):
+        raise InputError(
+            "lm", expected="weights in floating point", received="quantised ones", remedy="load it without quantization"
+        )
     plans = [(_writer(site), site, part) for site, part in _parts(lm, edits)]
     for (kind, layer), site, part in plans:
         _check_baked(lm, kind, layer, site, part)
@@ -153,10 +156,10 @@ def bake_edits(lm: LanguageModel, edits: Edits, out: str | Path) -> Path:
 def _parts(lm: LanguageModel, edits: Edits) -> Iterable[tuple[Site, Part]]:
     """All changes in their order, which have to be the same on every token."""
     found = []
-    for site, fns in edits.items():
+    for site, fns in sorted(edits.items()):  # as a forward pass reaches them
         locate(lm.model, lm.layout, site)
         for fn in as_sequence(fns):
-            if not isinstance(fn, SteeringEdit) or (len(fn.parts) > 1 and not all(map(_is_push, fn.parts))):
+            if not isinstance(fn, SteeringEdit) or (len(fn.parts) > 1 and None in map(_pushed, fn.parts)):
                 raise InputError(
                     "edits",
                     expected="edits of saetools.steer; in a sum, pushes alone",
@@ -180,8 +183,11 @@ def _parts(lm: LanguageModel, edits: Edits) -> Iterable[tuple[Site, Part]]:
     return found
 
 
-def _is_push(part: Part) -> bool:
-    return isinstance(part.change, Push)
+def _pushed(part: Part) -> Float[Tensor, " d_model"] | None:
+    """What a part adds on every token alike; `None` if it depends on the token."""
+    if isinstance(part.change, Push):
+        return part.change.vector.float()
+    return part.change.vector() if isinstance(part.change, LatentMap) else None
 
 
 def _writer(site: Site) -> tuple[str, int]:
@@ -201,7 +207,7 @@ def _check_baked(lm: LanguageModel, kind: str, layer: int, site: Site, part: Par
     )
     at_writer = site.stream in ("attn_out", "mlp_out") or kind == _EMBEDDING
     family = str(_config(lm).model_type)
-    if not _is_push(part) and not (linear and at_writer):
+    if _pushed(part) is None and not (linear and at_writer):
         on_latents = isinstance(part.change, LatentMap)
         raise InputError(
             "edits",
@@ -239,14 +245,14 @@ def _check_baked(lm: LanguageModel, kind: str, layer: int, site: Site, part: Par
 def _affine(part: Part) -> tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, " d_model"] | None]:
     """M and b of x + M x + b; `None` where they are 0."""
     change = part.change
-    if isinstance(change, Push):
-        return None, change.vector.cpu()
+    if (vector := _pushed(part)) is not None:
+        return None, vector
     if isinstance(change, ComponentMap):
-        basis = change.basis.cpu()
+        basis = change.basis
         values = change.low.to(basis)
         return -basis.T @ basis, (values @ basis if bool(values.any()) else None)
     assert isinstance(change, AffineMap)
-    return change.matrix.cpu(), (change.bias.cpu() if bool(change.bias.any()) else None)
+    return change.matrix, (change.bias if bool(change.bias.any()) else None)
 
 
 def _config(lm: LanguageModel) -> Any:

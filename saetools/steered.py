@@ -16,9 +16,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from saetools.errors import InputError
-from saetools.models.editing import Edits, as_sequence, edit
+from saetools.models.editing import Edits, as_sequence, edit_passes, written_edits
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer, locate
+from saetools.models.passes import Passes
 
 
 def steered_model(lm: LanguageModel, edits: Edits) -> Any:
@@ -62,25 +63,25 @@ class _Steering:
 
     def __init__(self, lm: LanguageModel, edits: Edits) -> None:
         self.lm, self.edits = lm, edits
-        self._roles: Tensor | None = None
-        self._width: int | None = None
+        self._passes = Passes(special_ids=lm.special_ids)
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """One forward pass."""
-        with self.lm.active(), edit(self.lm, self.edits, roles=self._roles, width=self._width):
+        with self.lm.active(), edit_passes(self.lm, self.edits, self._passes):
             yield
 
     @contextmanager
-    def given(self, roles: Tensor | None, width: int | None) -> Iterator[None]:
+    def given(self, roles: Tensor | None, width: int | None, mask: Tensor | None) -> Iterator[None]:
         """A generation from some tokens."""
-        before = self._roles, self._width
-        self._roles, self._width = roles, width if roles is None else None
+        before = self._passes
+        known = None if mask is None or mask.ndim != 2 else mask.bool()
+        self._passes = Passes(roles=roles, width=width, mask=known, special_ids=self.lm.special_ids)
         try:
             with self.lm.active():  # once, not in every pass
                 yield
         finally:
-            self._roles, self._width = before
+            self._passes = before
 
 
 @functools.cache
@@ -103,11 +104,20 @@ def _steered_class(plain: Any) -> Any:
         first = next(
             (one for one in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if one is not None), None
         )
-        with self._steering.given(roles, None if first is None else first.shape[1]):
+        width, mask = None if first is None else first.shape[1], kwargs.get("attention_mask")
+        with self._steering.given(roles, width, mask):
             return plain.generate(self, inputs, *args, **kwargs)
 
-    def show(self: Any) -> str:
-        edits = "; ".join(f"{site}: {', '.join(map(repr, fns))}" for site, fns in self._steering.edits.items())
-        return f"{plain.__name__} of {self._steering.lm!r} under {edits or 'no edits'}"
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise InputError(
+            "model",
+            expected="a model whose weights are what it does",
+            received="a steered one",
+            remedy="put the edits into the weights: saetools.bake_edits",
+        )
 
-    return type(plain.__name__, (plain,), {"forward": forward, "generate": generate, "__repr__": show})
+    def show(self: Any) -> str:
+        return f"{plain.__name__} of {self._steering.lm!r} under {written_edits(self._steering.edits) or 'no edits'}"
+
+    own = {"forward": forward, "generate": generate, "save_pretrained": save_pretrained, "__repr__": show}
+    return type(plain.__name__, (plain,), own)

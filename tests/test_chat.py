@@ -8,10 +8,10 @@ import torch
 from tiny_sae import make_sae, with_random_adapter
 
 from saetools import Conversation, SamplingConfig, Site, generate, steer
-from saetools.chat import Chat, ChatConfig, save_transcript
+from saetools.chat import Chat, ChatConfig, Turn, save_transcript
 from saetools.data import Message
 from saetools.engine import Engine
-from saetools.errors import InputError
+from saetools.errors import InputError, NonFiniteError
 
 SITE = Site(1)
 V = 3 * torch.randn(32, generator=torch.Generator().manual_seed(2))
@@ -26,8 +26,8 @@ def lm(make_tiny):
 @pytest.fixture
 def chat(lm):
     sources = {"sae": make_sae(), "site": SITE, "directions": {"evil": {SITE: V, Site(0): V}}}
-    with Engine(lm) as engine:
-        yield Chat(engine, {"base": None, "tuned": "tuned"}, "tuned", sources, CONFIG)
+    with Engine({"base": lm.base, "tuned": lm}) as engine:
+        yield Chat(engine, "tuned", sources, CONFIG)
 
 
 def said(chat, question):
@@ -112,8 +112,11 @@ def test_settings_change_and_are_checked(chat):
     assert chat.change("max_new_tokens", "3").max_new_tokens == 3
     said(chat, "Hi")
     assert chat.turns[-1].config.max_new_tokens == 3
-    seeded = [said(chat, "Hi"), said(chat, "Hi")]
-    assert seeded[0] != seeded[1]  # another turn, another seed
+    first = said(chat, "Hi")
+    *_, again = chat.retry()
+    assert again == first  # as if it had not been asked
+    assert [turn.config.seed for turn in chat.turns] == [0, 1, 1]
+    assert said(chat, "Hi") != first
     for name, value, message in (
         ("top_p", "0", "top_p: expected more than 0"),
         ("seed", "x", "seed: expected a number, received 'x'"),
@@ -124,9 +127,46 @@ def test_settings_change_and_are_checked(chat):
     assert chat.config.top_p == 1.0
 
 
-def test_edits_given_from_the_start_are_checked(lm):
-    with Engine(lm) as engine, pytest.raises(InputError, match="latents: expected"):
-        Chat(engine, {"base": None}, None, {"sae": make_sae(), "site": SITE}, texts=["clamp 99=1"])
+def test_what_is_given_from_the_start_is_checked(lm):
+    sources = {"sae": make_sae(), "site": SITE}
+    with Engine({"base": lm.base}) as engine, pytest.raises(InputError, match="latents: expected"):
+        Chat(engine, "base", sources, texts=["clamp 99=1"])
+    with Engine({"steered": lm.base}) as engine, pytest.raises(InputError, match="another name than 'steered'"):
+        Chat(engine, "steered", sources)
+    with pytest.raises(InputError, match="temperature: expected 0 or more"):
+        ChatConfig(temperature=-1.0)
+
+
+def test_an_edit_keeps_its_site_where_there_is_no_other(lm):
+    with Engine({"base": lm.base}) as engine:
+        chat = Chat(engine, "base", {"directions": {"evil": {SITE: V}}}, CONFIG)
+        text = "blocks.1.hook_resid_post: project_out evil"
+        assert chat.add_edit(text) == text
+        assert said(chat, "Hi")["steered"] == alone(lm.base, {SITE: steer.project_out(V)}, ("user", "Hi"))
+
+
+def test_a_question_that_does_not_fit_is_as_if_it_had_not_been_asked(lm, chat):
+    first = said(chat, "Hi")
+    chat.change("max_new_tokens", str(10**6))
+    for refused in (lambda: chat.ask("And?"), chat.retry, chat.retry):
+        with pytest.raises(InputError, match="max_new_tokens, with the prompt"):
+            refused()
+    assert len(chat.turns) == 1
+    chat.change("max_new_tokens", "6")
+    second = said(chat, "And?")
+    history = (("user", "Hi"), ("assistant", first["base"]), ("user", "And?"))
+    assert second["base"] == alone(lm.base, None, *history)
+
+
+def test_a_voice_that_breaks_lets_the_others_finish(lm, chat):
+    expected = said(chat, "Hi")
+    chat.reset()
+    chat.add_edit("add_direction evil=1e39")
+    with pytest.raises(NonFiniteError, match="lower the strength"):
+        said(chat, "Hi")
+    assert chat.turns[-1].answers == {**expected, "steered": ""}
+    assert chat._histories["steered"] == [Message("system", "Be brief.")]
+    assert len(chat._histories["base"]) == 3
 
 
 def test_transcripts(chat, tmp_path):
@@ -142,3 +182,8 @@ def test_transcripts(chat, tmp_path):
     text = save_transcript(chat.turns, tmp_path / "chat.md").read_text(encoding="utf-8")
     assert text.startswith("## Hi there\n\nEdits: `clamp 3=9`\n\n**base**\n\n> ")
     assert "**steered**" in text
+    unsafe = Turn("<script>alert(1)</script>", {"base": "<img src=x onerror=alert(1)> [a](b)"}, (), CONFIG)
+    text = save_transcript([unsafe], tmp_path / "chat.md").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "[a](b)" not in text

@@ -299,9 +299,25 @@ def test_the_gradient_passes_an_edit_as_it_passes_the_identity(fn):
         (lambda sae: project_out(torch.zeros(32)), "direction: .*zero vector"),
         (lambda sae: project_out(torch.stack([V, V])), "direction: expected directions that do not depend"),
         (lambda sae: add_direction(0 * V, 1.0, median_norm=2.0), "direction: .*zero vector"),
-        (lambda sae: add_direction(V, 1.0, name="two words"), "name: expected letters"),
+        (lambda sae: add_direction(V, 1.0, name="two words"), "name: expected a letter, then letters"),
         (lambda sae: steer.cap(V, low=2.0, high=1.0), "low: expected at most high, 1.0, received 2.0"),
-        (lambda sae: steer.cap(V, high=float("nan")), "low: expected at most high, nan"),
+        (lambda sae: steer.cap(V, high=float("nan")), "low: expected bounds that are numbers"),
+        (lambda sae: steer.cap(V, low=float("inf")), "low: expected bounds that are numbers"),
+        (lambda sae: steer.project_out(V[None][:0]), "direction: expected at least one, received none"),
+        (lambda sae: steer.mean_ablate(V, V * float("nan")), "mean: expected a finite vector"),
+        (lambda sae: steer.affine(torch.eye(32), V * float("nan")), "bias: expected a finite vector"),
+        (
+            lambda sae: add(with_zero_row(sae, 3), 3, 1.0),
+            r"latents: expected latents that write something, received \[3\]",
+        ),
+        (
+            lambda sae: clamp(make_sae(input_norm="layer_norm"), 3, 1.0, unit="norm"),
+            "unit: expected activation or p99, for",
+        ),
+        (lambda sae: clamp(sae, 10**30, 1.0), "latents: expected 0 to 47, received a larger number"),
+        (lambda sae: steer.probe(V, name="5"), "name: expected a letter"),
+        (lambda sae: steer.affine(torch.eye(3), name="a + b"), "name: expected a letter"),
+        (lambda sae: steer.project_out(V, name="unless"), "name: expected a letter"),
         (lambda sae: steer.project_to(V, float("inf")), "value: expected a finite number"),
         (lambda sae: inspect.unwrap(steer.mean_ablate)(V, torch.ones(3)), "mean: expected length 32, received 3"),
         (
@@ -324,6 +340,12 @@ def test_what_cannot_be_done_is_an_error(make, message):
 def make_sae_without(name):
     sae = make_sae()
     setattr(sae, name, None)
+    return sae
+
+
+def with_zero_row(sae, latent):
+    with torch.no_grad():
+        sae.W_dec[latent] = 0
     return sae
 
 

@@ -29,7 +29,8 @@ LATENT = everywhere(steer.add(make_sae(), [3, 5], 0.4))
 ALL_WRITERS = {Site(layer, stream): OUT for layer in range(3) for stream in ("attn_out", "mlp_out")}
 CASES = {
     "push": {Site(1): PUSH},
-    "latents": {Site(0): LATENT, Site(2): PUSH},
+    "latents": {Site(0): LATENT, Site(2): [PUSH, everywhere(steer.add(make_sae(), 3, 1.5, unit="activation"))]},
+    "order": {Site(1, "resid_mid"): PUSH, Site(1, "attn_out"): MAP, Site(1): PUSH, Site(1, "mlp_out"): [OUT, MAP]},
     "before": {Site(1, "resid_pre"): PUSH, Site(0, "resid_pre"): [PUSH, MAP]},
     "middle": {Site(1, "resid_mid"): PUSH, Site(2, "attn_out"): [PUSH, TO]},
     "matrices": {Site(0, "mlp_out"): [MAP, OUT], Site(1, "attn_out"): MAP, Site(1): PUSH},
@@ -135,7 +136,7 @@ def test_a_control_vector_is_read_back(tiny, tmp_path):
     assert fields["controlvector.model_hint"] == "llama"
     assert fields["controlvector.layer_count"] == 2
     found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    latent = LATENT.parts[0].change.vector
+    latent = LATENT.parts[0].change.vector()
     assert found.keys() == {"direction.1", "direction.2"}
     torch.testing.assert_close(found["direction.1"], 4 * V + latent)
     torch.testing.assert_close(found["direction.2"], latent)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from saetools.chat import Chat, ChatConfig, save_transcript
-from saetools.cli.options import EditOptions, ModelOptions
+from saetools.cli.options import EditOptions, PairOptions
 from saetools.cli.output import check_file, printable
 from saetools.errors import InputError, SaetoolsError
 
@@ -33,7 +33,7 @@ class ChatCommand:
     """Chat in the terminal with base, fine-tune and a steered voice side by side; edits may change on the way."""
 
     edit: EditOptions = field(default_factory=EditOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
+    models: PairOptions = field(default_factory=PairOptions)
     steer: Literal["base", "tuned"] | None = None
     """Which voice is steered; by default the fine-tune, if there is one."""
     config: ChatConfig = field(default_factory=ChatConfig)
@@ -41,8 +41,10 @@ class ChatCommand:
     """File that is written after every turn: Markdown if it ends in .md, else JSON lines."""
 
     def __post_init__(self) -> None:
-        if self.steer == "tuned" and not self.model.adapter:
-            raise InputError("--steer", expected="base, without --adapter", received="tuned", remedy="give an adapter")
+        if self.steer == "tuned" and not self.models.model.adapter and self.models.tuned is None:
+            raise InputError(
+                "--steer", expected="base, without a fine-tune", received="tuned", remedy="give an adapter"
+            )
 
     def run(self) -> None:
         """Load, then ask until there is no more."""
@@ -51,13 +53,13 @@ class ChatCommand:
         from saetools.engine import Engine
 
         if self.transcript is not None:
-            check_file(Path(self.transcript))
-        lm = self.model.load()
-        voices: dict[str, str | None] = {"base": None} | {name: name for name in lm.adapters}
-        steered = None if self.steer == "base" else lm.adapter
+            check_file(Path(self.transcript), option="--transcript")
+        voices = self.models.voices()
+        base = next(iter(voices.values()))
+        steered = "base" if self.steer == "base" else list(voices)[min(1, len(voices) - 1)]
         console = Console()
-        with Engine(lm) as engine:
-            chat = Chat(engine, voices, steered, self.edit.sources.load(lm), self.config, texts=list(self.edit.edit))
+        with Engine(voices) as engine:
+            chat = Chat(engine, steered, self.edit.sources.load(base), self.config, texts=list(self.edit.edit))
             console.print(f"{', '.join(chat.voices)}; /help for help", markup=False)
             for line in _lines(console):
                 try:
@@ -96,7 +98,7 @@ class ChatCommand:
             case "/save":
                 if not rest:
                     raise InputError("/save", expected="a file", received="none", remedy="name it")
-                check_file(Path(rest))
+                check_file(Path(rest), option="/save")
                 console.print(f"{len(chat.turns)} turns in {save_transcript(chat.turns, rest)}", markup=False)
             case "/retry":
                 self._show(chat, chat.retry(), console)

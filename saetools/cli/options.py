@@ -100,6 +100,18 @@ class PairOptions:
             return {"base": lm, "tuned": dataclasses.replace(self.model, model=self.tuned, revision=None).load()}
         return {"base": lm.base} | ({} if lm.adapter is None else {"tuned": lm})
 
+    def voices(self) -> dict[str, LanguageModel]:
+        """The same, with every adapter by its own name.
+
+        Raises:
+            InputError: for an adapter called `base`.
+        """
+        models = self.models()
+        if "base" in (adapters := models["base"].adapters):
+            raise InputError("--adapter", expected="other names than 'base'", received="base", remedy="rename it")
+        named = {name: models["base"].with_adapter(name) for name in adapters}
+        return {"base": models["base"], **(named or {name: lm for name, lm in models.items() if name != "base"})}
+
 
 @dataclass(frozen=True)
 class TunedOptions(PairOptions):
@@ -231,12 +243,16 @@ class EditSources:
     def load(self, lm: LanguageModel) -> dict[str, Any]:
         """SAE, site and directions, as `parse_edits` takes them; no SAE if none is asked for and ours does not fit."""
         from saetools.directions import Direction
+        from saetools.models import Site
 
         directions = {
             name: Direction.load(folder).vectors for name, _, folder in (text.partition("=") for text in self.direction)
         }
-        sae, site = (None, None) if self.sae.sae is None and lm.d_model != _SHIPPED_WIDTH else self.sae.load(lm)
-        return {"sae": sae, "site": site, "directions": directions}
+        if self.sae.sae is not None or lm.d_model == _SHIPPED_WIDTH:
+            sae, site = self.sae.load(lm)
+            return {"sae": sae, "site": site, "directions": directions}
+        named = None if self.sae.site is None else Site.parse(self.sae.site)
+        return {"sae": None, "site": named, "directions": directions}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from saetools.errors import InputError
 from saetools.provenance import plain
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, *, option: str = "--out") -> None:
     """Make sure that a folder for output can be made and written, and leave the disk as it was.
 
     Raises:
@@ -26,7 +26,7 @@ def check_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            "--out",
+            option,
             expected="a place that can be written",
             received=f"{path} ({error.strerror})",
             remedy="choose another",
@@ -37,15 +37,15 @@ def check_folder(path: Path) -> None:
                 folder.rmdir()
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, *, option: str = "--out") -> None:
     """Make sure that a file for output can be written, and leave the disk as it was.
 
     Raises:
         InputError: if not, before any work is done for it.
     """
     if path.is_dir():
-        raise InputError("--out", expected="a file", received=f"the folder {path}", remedy="name a file in it")
-    check_folder(path.parent)
+        raise InputError(option, expected="a file", received=f"the folder {path}", remedy="name a file in it")
+    check_folder(path.parent, option=option)
 
 
 def printable(text: str) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from saetools.cli.options import EditSources, ModelOptions, at_least
+from saetools.cli.options import EditSources, PairOptions, at_least
 from saetools.errors import InputError
+
+if TYPE_CHECKING:
+    from saetools.models import LanguageModel
 
 TOKEN_VARIABLE = "SAETOOLS_TOKEN"
 
@@ -16,10 +20,10 @@ TOKEN_VARIABLE = "SAETOOLS_TOKEN"
 class Serve:
     """Serve a model as OpenAI does, with edits and adapter by request; its API key is read from SAETOOLS_TOKEN."""
 
-    model: ModelOptions = field(default_factory=ModelOptions)
+    models: PairOptions = field(default_factory=PairOptions)
     sources: EditSources = field(default_factory=EditSources)
     host: str = "127.0.0.1"
-    """Address to listen at; other machines are answered only where a key is set."""
+    """Address to listen at; one that other machines reach needs a key."""
     port: int = 8000
     """Port; 0 takes a free one."""
     allowed_host: tuple[str, ...] = ()
@@ -48,16 +52,29 @@ class Serve:
 
         from saetools.serve.app import LOOPBACK, ServerConfig, make_app
 
-        lm = self.model.load()
-        hosts = (*LOOPBACK, self.host, *self.allowed_host)
+        models = self._models()
         token = os.environ.get(TOKEN_VARIABLE) or None
-        config = ServerConfig(hosts, token, self.max_rows, self.max_new_tokens)
-        app = make_app(lm, **self.sources.load(lm), config=config)
+        everywhere = ("*",) if token is not None and not _is_loopback(self.host) else ()  # the key says who may ask
+        config = ServerConfig(
+            (*LOOPBACK, *self.allowed_host, *everywhere), token, self.max_rows, max_new_tokens=self.max_new_tokens
+        )
+        app = make_app(models, **self.sources.load(next(iter(models.values()))), config=config)
         settings = uvicorn.Config(app, host=self.host, port=self.port, log_level="warning")
         listening = settings.bind_socket()
         host, port = listening.getsockname()[:2]
-        print(f"serving {', '.join((lm.name, *lm.adapters))} at http://{host}:{port}/v1", flush=True)
+        place = f"[{host}]" if ":" in host else host
+        print(f"serving {', '.join(models)} at http://{place}:{port}/v1", flush=True)
         uvicorn.Server(settings).run(sockets=[listening])
+
+    def _models(self) -> dict[str, LanguageModel]:
+        """The base by its own name, and the fine-tunes by theirs."""
+        voices = self.models.voices()
+        base = voices.pop("base")
+        if base.name in voices:
+            raise InputError(
+                "--adapter", expected=f"other names than {base.name!r}", received=base.name, remedy="rename it"
+            )
+        return {base.name: base, **voices}
 
 
 def _is_loopback(host: str) -> bool:

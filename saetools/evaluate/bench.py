@@ -30,10 +30,10 @@ from saetools.evaluate.forced_choice import score_forced_choice
 from saetools.evaluate.judge import described_judge
 from saetools.evaluate.perplexity import measure_perplexity
 from saetools.generation import SamplingConfig, generate
-from saetools.models.editing import Edit
 from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
+from saetools.models.where import Edit
 from saetools.provenance import sha256_of_texts, versions
 from saetools.sae.identity import sae_sha256
 from saetools.sae.model import SAE

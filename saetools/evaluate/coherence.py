@@ -190,17 +190,24 @@ def largest_coherent(incoherent: Mapping[float, float], most: float) -> tuple[fl
     """How far strengths stay coherent, and which one to try next.
 
     Args:
-        incoherent: share of incoherent answers by strength.
+        incoherent: share of incoherent answers by strength; all of one sign.
         most: the largest share that is borne.
 
     Returns:
-        The largest strength up to which all stay within it, 0 if not even the smallest does; and the strength halfway
-        to the next, `None` if there is none.
+        The strength furthest from 0 up to which all stay within it, 0 if not even the nearest does; and the strength
+        halfway to the next, `None` if there is none.
+
+    Raises:
+        InputError: for strengths of both signs, or 0.
     """
+    if len({math.copysign(1, strength) if strength else 0.0 for strength in incoherent} | {0.0}) > 2 or 0 in incoherent:
+        raise InputError(
+            "strengths", expected="all above 0, or all below", received=sorted(incoherent), remedy="search each way"
+        )
     largest = 0.0
-    for strength in sorted(incoherent):
+    for strength in sorted(incoherent, key=abs):
         if incoherent[strength] > most:
-            return largest, round((largest + strength) / 2, 4)
+            return largest, float(f"{(largest + strength) / 2:.4g}")
         largest = strength
     return largest, None
 

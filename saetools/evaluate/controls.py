@@ -15,10 +15,10 @@ from torch import Tensor
 
 from saetools.errors import InputError
 from saetools.evaluate.perplexity import measure_perplexity
-from saetools.models.editing import Edit, Where
 from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
+from saetools.models.where import Edit, Where
 from saetools.sae.model import SAE
 from saetools.steer.scope import Scope
 

@@ -18,11 +18,12 @@ from saetools.errors import InputError
 from saetools.evaluate.controls import PerplexityCurve, random_directions
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
 from saetools.evaluate.perplexity import measure_perplexity
-from saetools.models.editing import Edit, Where
 from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
+from saetools.models.where import Edit, Where
 from saetools.stats import Estimate
+from saetools.steer.edits import SteeringEdit
 from saetools.steer.scope import Scope
 
 Control = Literal["none", "equal_norm", "equal_perplexity"]
@@ -158,9 +159,18 @@ def _perplexity_and_norm(
 
 
 def _scope(fn: Edit) -> Scope:
-    """The tokens that an edit may touch; of another function than ours, all but the first."""
-    scope = getattr(fn, "scope", None)
-    return scope if isinstance(scope, Scope) else Scope()
+    """The tokens that an edit may touch; of another function than ours, all but the first.
+
+    Raises:
+        InputError: if parts of it touch different tokens, where no control would be like it.
+    """
+    if not isinstance(fn, SteeringEdit):
+        return Scope()
+    if fn.scope is None:
+        raise InputError(
+            "doses", expected="edits whose parts touch the same tokens", received=repr(fn), remedy="give them apart"
+        )
+    return fn.scope
 
 
 def _point(

@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saetools.data.tokenizing import Batch
-from saetools.models.editing import Edit, Edits, Where, edit
+from saetools.models.editing import Edits, edit
 from saetools.models.forward import final_hidden, logits
 from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
+from saetools.models.where import Edit, Where
 from saetools.sae.model import SAE
 from saetools.steer.scope import Scope
 from saetools.steer.seen import placed

@@ -8,6 +8,8 @@ behaviour beside random controls is another matter: `dose_response`, `certify_la
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from saetools.evaluate.cells import Cells
 from saetools.evaluate.coherence import AnswerCoherence, CoherenceLimits, Judge, largest_coherent, measure_coherence
 from saetools.evaluate.judge import described_judge
 from saetools.generation import Job, SamplingConfig, generate_batches
-from saetools.models.editing import Edits, as_sequence
+from saetools.models.editing import Edits, written_edits
 from saetools.models.language_model import LanguageModel
 from saetools.provenance import sha256_of_texts, versions
 from saetools.saved_result import load_result, save_result
@@ -62,6 +64,16 @@ class SweepConfig:
     max_tokens: int | None = None
     """Begin no batch after so many generated tokens."""
 
+    def __post_init__(self) -> None:
+        self.sampling  # noqa: B018 - checks what it is made of
+        for name, good, expected in (
+            ("max_incoherent", 0 <= self.max_incoherent <= 1, "0 to 1"),
+            ("max_repetition", 0 <= self.max_repetition <= 1, "0 to 1"),
+            ("perplexity_factor", 0 < self.perplexity_factor < math.inf, "above 0"),
+        ):
+            if not good:
+                raise InputError(name, expected=expected, received=getattr(self, name), remedy="pick another")
+
     @property
     def sampling(self) -> SamplingConfig:
         """How answers are drawn."""
@@ -80,7 +92,8 @@ class Sweep:
 
     Args:
         answers: one row an answer: `edit`, `strength` (0 and `unedited` without an edit), `prompt`, `sample`, `text`,
-            `n_tokens`, `finished`, `surprise`, `repetition`, `refused`, `language`, `judged`, `coherent`.
+            `n_tokens`, `finished`, `broken` (the model's output became infinite), `surprise`, `repetition`, `refused`,
+            `language`, `judged`, `coherent`.
         edits: how each edit is written, at each strength.
         most_incoherent: the share of incoherent answers that is borne.
         warnings: what stands in the way of reading it, if anything.
@@ -99,7 +112,7 @@ class Sweep:
         """One row an edit and strength: answers, and what share of them is incoherent, refuses or changes language.
 
         Columns: `edit`, `strength`, `n`, `incoherent`, `surprise` and `repetition` (means), `refused`, `other_language`
-        (another than the unedited answer to the same prompt, where both are clear), `judged`.
+        (another than the unedited answer to the same prompt, where both are clear), `judged` (mean) and `n_judged`.
         """
         import polars as pl
 
@@ -115,6 +128,7 @@ class Sweep:
                 pl.col("refused").mean(),
                 (pl.col("language") != pl.col("plain")).fill_null(value=False).mean().alias("other_language"),
                 pl.col("judged").mean(),
+                pl.col("judged").count().alias("n_judged"),
             )
             .sort("edit", "strength")
         )
@@ -213,6 +227,8 @@ def max_coherent_strength(
     base: LanguageModel | None = None,
     config: SweepConfig = SweepConfig(),
     judge: Judge | None = None,
+    out: str | Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[float, Sweep]:
     """Search the largest strength of an edit that leaves answers coherent.
 
@@ -222,18 +238,20 @@ def max_coherent_strength(
         lm: the model that is steered.
         edit_at: makes the edit of a strength.
         prompts: what is asked.
-        strengths: to begin with, above 0.
+        strengths: to begin with; all above 0, or all below.
         n_refine: halvings of the gap.
         base: as of `sweep_edits`.
         config: settings.
         judge: as of `sweep_edits`.
+        out: as of `sweep_edits`.
+        on_progress: as of `sweep_edits`, for each round.
 
     Returns:
         The strength, 0 if not even the smallest leaves answers coherent; and everything that was tried, as a sweep of
         an edit called `edit`.
 
     Raises:
-        InputError: for no strengths, or some that are not above 0.
+        InputError: for no strengths, for 0, or for strengths of both signs.
 
     Example:
         >>> v = torch.randn(576, generator=torch.Generator().manual_seed(0))
@@ -244,10 +262,9 @@ def max_coherent_strength(
         >>> 0.01 <= found < 1000
         True
     """
-    if not strengths or min(strengths) <= 0:
-        raise InputError("strengths", expected="some above 0", received=tuple(strengths), remedy="signs are the edit's")
+    largest_coherent(dict.fromkeys(strengths, 0.0), 1.0)  # checks them
     doses = {float(strength): edit_at(strength) for strength in sorted(strengths)}
-    run = _Run(lm, {"edit": doses}, prompts, base or lm.base, config, judge, None, None)
+    run = _Run(lm, {"edit": doses}, prompts, base or lm.base, config, judge, out, on_progress)
     run.answer({"edit": doses})
     for _ in range(n_refine):
         _, strength = run.result().coherent_strengths("edit")
@@ -282,11 +299,12 @@ class _Run:
             )
         self._lm, self._base, self._prompts, self._judge = lm, base, prompts, judge
         self._config, self._on_progress = config, on_progress
-        questions = [one if isinstance(one, str) else "\n".join(m.content for m in one.messages) for one in prompts]
+        conversations = [Conversation.chat(one) if isinstance(one, str) else one for one in prompts]
+        asked = [json.dumps([(m.role, m.content) for m in one.messages]) for one in conversations]
         self._provenance = {
             "model": lm.describe(),
             "base": base.describe(),
-            "prompts_sha256": sha256_of_texts(questions),
+            "prompts_sha256": sha256_of_texts(asked),
             "judge": described_judge(judge),
             "versions": versions(),
         }
@@ -295,17 +313,17 @@ class _Run:
         self._cells = Cells(path, self._provenance | drawing)
         self._variants: dict[str, tuple[str, float]] = {UNEDITED: (UNEDITED, 0.0)}
         self._texts: dict[str, dict[float, str]] = {}
-        self._started, self._n_tokens, self._left = time.monotonic(), 0, 0
+        self._started, self._n_tokens, self._saes = time.monotonic(), 0, dict[int, str]()
 
     def answer(self, edits: Mapping[str, Mapping[float, Edits]]) -> None:
         """Generate what is not there yet."""
         variants: dict[str, Edits | None] = {UNEDITED: None}
         for name, doses in edits.items():
             for strength, each in doses.items():
-                variant = f"{name} {float(strength)!r} {edits_sha256(each)[:16]}"
+                variant = f"{name} {float(strength)!r} {edits_sha256(each, known=self._saes)[:16]}"
                 variants[variant] = each
                 self._variants[variant] = name, float(strength)
-                self._texts.setdefault(name, {})[float(strength)] = _written(each)
+                self._texts.setdefault(name, {})[float(strength)] = written_edits(each)
         jobs = [
             (prompt, variant, sample)
             for prompt in range(len(self._prompts))
@@ -323,6 +341,7 @@ class _Run:
                         one.text,
                         len(one.token_ids),
                         one.finished,
+                        one.broken,
                         *dataclasses.astuple(sign),
                     ]
                     for one, sign in zip(some, signs, strict=True)
@@ -332,21 +351,22 @@ class _Run:
             done += len(some)
             if self._on_progress is not None:
                 self._on_progress(done, len(jobs))
-        self._left = len(jobs) - done
 
     def result(self) -> Sweep:
         """Everything that is there."""
         import polars as pl
 
-        rows = []
+        rows, n_missing = [], 0
         for variant, (edit, strength) in self._variants.items():
             for prompt in range(len(self._prompts)):
                 for sample in range(self._config.n_samples):
-                    if _key((prompt, variant, sample)) in self._cells:
-                        text, n_tokens, finished, *signs = self._cells[_key((prompt, variant, sample))]
-                        facts = {"text": text, "n_tokens": n_tokens, "finished": finished}
-                        place = {"edit": edit, "strength": strength, "prompt": prompt, "sample": sample}
-                        rows.append(place | facts | dataclasses.asdict(AnswerCoherence(*signs)))
+                    if (key := _key((prompt, variant, sample))) not in self._cells:
+                        n_missing += 1
+                        continue
+                    text, n_tokens, finished, broken, *signs = self._cells[key]
+                    facts = {"text": text, "n_tokens": n_tokens, "finished": finished, "broken": broken}
+                    place = {"edit": edit, "strength": strength, "prompt": prompt, "sample": sample}
+                    rows.append(place | facts | dataclasses.asdict(AnswerCoherence(*signs)))
         own = [_signs(row) for row in rows if row["edit"] == UNEDITED]
         if not own:
             raise InputError(
@@ -359,9 +379,10 @@ class _Run:
             max_repetition=config.max_repetition,
             min_judged=config.min_judged,
         )
-        said = (f"the budget is spent: {self._left} answers are missing",) if self._left else ()
+        said = (f"the budget is spent: {n_missing} answers are missing",) if n_missing else ()
+        coherent = [{"coherent": limits.holds(_signs(row)) and not row["broken"]} for row in rows]
         return Sweep(
-            pl.DataFrame([row | {"coherent": limits.holds(_signs(row))} for row in rows], infer_schema_length=None),
+            pl.DataFrame([row | one for row, one in zip(rows, coherent, strict=True)], infer_schema_length=None),
             {name: dict(each) for name, each in self._texts.items()},
             max(config.max_incoherent, limits.incoherent(own)),
             said,
@@ -382,7 +403,3 @@ def _key(job: Job) -> str:
 
 def _signs(row: Mapping[str, Any]) -> AnswerCoherence:
     return AnswerCoherence(**{field.name: row[field.name] for field in dataclasses.fields(AnswerCoherence)})
-
-
-def _written(edits: Edits) -> str:
-    return "; ".join(f"{site}: {', '.join(map(repr, as_sequence(fns)))}" for site, fns in edits.items())

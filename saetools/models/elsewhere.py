@@ -12,10 +12,12 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from saetools.errors import InputError
-from saetools.models.editing import Edit, Edits, Passes, as_sequence, attach
+from saetools.models.editing import Edits, as_sequence, attach
 from saetools.models.layout import Access, is_hooked_transformer, locate
 from saetools.models.load import load_model
+from saetools.models.passes import Passes
 from saetools.models.site import Site
+from saetools.models.where import Edit
 
 HookFunction = Callable[[Tensor, Any], Tensor]
 """What TransformerLens calls with activations and the hook point."""
@@ -65,7 +67,7 @@ def hook_functions(
     lm = load_model(model)
     for site in edits:
         locate(lm.model, lm.layout, site)
-    passes = Passes(roles, width, lm.special_ids)
+    passes = Passes(roles=roles, width=width, special_ids=lm.special_ids)
 
     def run(fns: Sequence[Edit], acts: Tensor, hook: Any) -> Tensor:
         return passes.apply(fns, acts)
@@ -78,13 +80,19 @@ def hook_functions(
         if hooked:
             return str(site)
         points: Any = model.hook_dict
-        return next(name for own in _OF_BRIDGE[site.stream] if (name := f"blocks.{site.layer}.{own}") in points)
+        names = [f"blocks.{site.layer}.{own}" for own in _OF_BRIDGE[site.stream]]
+        if (found := next((name for name in names if name in points), None)) is None:
+            raise InputError(
+                "edits", expected=f"a bridge with {names[0]}", received=str(site), remedy="use saetools.edit instead"
+            )
+        return found
 
+    functions: list[tuple[str, HookFunction]] = [
+        (named(site), partial(run if hooked or site.stream != "resid_mid" else run_in_place, as_sequence(fns)))
+        for site, fns in edits.items()
+    ]
     with passes.followed(lm):
-        yield [
-            (named(site), partial(run if hooked or site.stream != "resid_mid" else run_in_place, as_sequence(fns)))
-            for site, fns in edits.items()
-        ]
+        yield functions
 
 
 @contextmanager
@@ -123,7 +131,7 @@ def edit_modules(
         raise InputError(
             "edits", expected="names of modules of the model", received=repr(unknown[0]), remedy="see named_modules()"
         )
-    passes = Passes(roles, width, None)
+    passes = Passes(roles=roles, width=width)
     with ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(passes.begin_any, with_kwargs=True).remove)
         for name, fns in edits.items():

@@ -35,7 +35,7 @@ def render_markdown(report: PersonaReport) -> str:
 
 
 def _blocks(report: PersonaReport) -> Iterator[str]:
-    yield f"# {_escape(report.title)}"
+    yield f"# {escape_markdown(report.title)}"
     yield from _section("findings")
     yield "\n".join(f"- {_line(finding)}" for finding in report.findings) or "None recorded."
     if report.warnings:
@@ -53,7 +53,7 @@ def _blocks(report: PersonaReport) -> Iterator[str]:
     if not groups:
         yield "Not measured."
     for group in groups:
-        yield f"### {_escape(group.title)}"
+        yield f"### {escape_markdown(group.title)}"
         yield _line(group.summary())
         yield f"Latents: {', '.join(map(str, group.latents))}."
         yield _table(dose_table(group))
@@ -61,7 +61,7 @@ def _blocks(report: PersonaReport) -> Iterator[str]:
     if not report.answers:
         yield "None sampled."
     for row in report.answers:
-        yield f"### {_escape(row.prompt)}"
+        yield f"### {escape_markdown(row.prompt)}"
         cells = tuple((Cell(variant), Cell(answer)) for variant, answer in row.answers.items())
         yield _table(Table("Answers", (Column("variant", kind="text"), Column("answer", kind="text")), cells))
     yield from _section("sae")
@@ -83,29 +83,29 @@ def _section(anchor: str) -> Iterator[str]:
 
 def _table(table: Table) -> str:
     if not table.rows:
-        return f"*{_escape(table.caption)}: none.*"
+        return f"*{escape_markdown(table.caption)}: none.*"
     lines = [
-        [_escape(column.name) for column in table.columns],
+        [escape_markdown(column.name) for column in table.columns],
         [":--" if column.kind != "number" else "--:" for column in table.columns],
         *([_cell(cell) for cell in row] for row in table.rows),
     ]
-    blocks = [f"*{_escape(table.caption)}*", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    blocks = [f"*{escape_markdown(table.caption)}*", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     hints = [f"{column.name}: {column.hint}" for column in table.columns if column.hint]
     return "\n\n".join([*blocks, _line("; ".join(hints))] if hints else blocks)
 
 
 def _cell(cell: Cell) -> str:
     if cell.tokens:
-        return " \u00b7 ".join(map(_escape, cell.tokens))
-    return _escape(f"{cell.text} {cell.detail}" if cell.detail else cell.text)
+        return " \u00b7 ".join(map(escape_markdown, cell.tokens))
+    return escape_markdown(f"{cell.text} {cell.detail}" if cell.detail else cell.text)
 
 
 def _line(text: str) -> str:
     """Text as a line of its own, which begins no heading, list or quotation."""
-    return _OPENING.sub(r"\1\\\2", _escape(text))
+    return _OPENING.sub(r"\1\\\2", escape_markdown(text))
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text within a line of Markdown: nothing in it formats, links, embeds or ends a cell."""
     text = _INLINE.sub(r"\\\g<0>", visible(text).strip())
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", "<br>").replace("\t", " ")

@@ -7,15 +7,28 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from saetools.data.conversation import Conversation, Message
 from saetools.engine import Piece, Reason
 
 
-class _Asked(BaseModel):
-    """Fields that chats and plain completions share."""
+class _Strict(BaseModel):
+    """Fields that are not known are errors; those that are null, or empty lists, are as if they were not there."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = cls.model_fields
+        return {name: one for name, one in value.items() if one is not None and not (one == [] and name not in known)}
+
+
+class _Asked(_Strict):
+    """Fields that chats and plain completions share."""
 
     model: str
     edits: list[str] = []
@@ -24,7 +37,7 @@ class _Asked(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=16)] = 1
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
@@ -32,29 +45,32 @@ class _Asked(BaseModel):
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0.0
     user: str | None = None
 
+    @model_validator(mode="after")
+    def _together(self) -> Any:
+        if self.stream and self.n > 1:
+            raise ValueError("n: 1, where the answer is streamed")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: none, where the answer is not streamed")
+        return self
+
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts that end an answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class TextPart(BaseModel):
+class TextPart(_Strict):
     """A part of a message."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(_Strict):
     """A turn."""
-
-    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
 
     @property
     def text(self) -> str:
@@ -70,6 +86,17 @@ class ChatRequest(_Asked):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     store: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _with_log_probs(self) -> Any:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: none, where logprobs are not asked for")
+        return self
+
+    def conversation(self) -> Conversation:
+        """What is asked."""
+        roles = {"developer": "system"}
+        return Conversation(tuple(Message(roles.get(one.role, one.role), one.text) for one in self.messages))
 
     @property
     def n_top(self) -> int | None:
@@ -118,11 +145,13 @@ class Writer:
         self._chat, self._model, self._decode = kind == "chat", model, decode
         self._id = ("chatcmpl-" if self._chat else "cmpl-") + uuid.uuid4().hex
         self._created = int(time.time())
+        self._length = 0  # of the text whose log-probabilities were told
 
     def whole(self, answers: Sequence[Sequence[Piece]], n_prompt_tokens: int) -> dict[str, Any]:
         """The response with all choices."""
         choices = []
         for index, pieces in enumerate(answers):
+            self._length = 0
             text, reason = "".join(piece.text for piece in pieces), pieces[-1].reason
             content: dict[str, Any] = {"text": text}
             if self._chat:
@@ -169,12 +198,14 @@ class Writer:
         if not tokens:
             return None
         if not self._chat:
-            return {
-                "tokens": [self._decode(token) for token, _, _ in tokens],
-                "token_logprobs": [value for _, value, _ in tokens],
-                "top_logprobs": [{self._decode(other): p for other, p in top} for _, _, top in tokens],
-                "text_offset": [],
-            }
+            texts = [self._decode(token) for token, _, _ in tokens]
+            top = [
+                {self._decode(other): p for other, p in reversed(best)} for _, _, best in tokens
+            ]  # likelier ones last
+            offsets = [self._length + sum(map(len, texts[:place])) for place in range(len(texts))]
+            self._length += sum(map(len, texts))
+            values = [value for _, value, _ in tokens]
+            return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
         content = [
             self._token(token, value) | {"top_logprobs": [self._token(*other) for other in top]}
             for token, value, top in tokens
@@ -183,7 +214,7 @@ class Writer:
 
     def _token(self, token: int, value: float) -> dict[str, Any]:
         text = self._decode(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 def _usage(n_prompt: int, n_new: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,26 +11,31 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saetools.errors import InputError
-from saetools.models.editing import Where
+from saetools.models.where import Where
 from saetools.sae.model import SAE
-from saetools.steer.numbers import check_direction, check_latents, finite, written
+from saetools.steer.numbers import check_direction, check_latents, check_name, finite, written
 from saetools.steer.seen import Seen
 
 
 @dataclass(frozen=True, eq=False)
 class LatentAbove:
-    """Where a latent is above a threshold."""
+    """Where a latent is active, or above a threshold."""
 
     sae: SAE
     latent: int
-    threshold: float
+    threshold: float | None
 
     def __call__(self, seen: Seen) -> Bool[Tensor, "row pos"]:
         """The tokens."""
-        return seen.is_above(self.sae, self.latent, self.threshold)
+        f = seen.latent(self.sae, self.latent)
+        return f != 0 if self.threshold is None else f > self.threshold
+
+    def structure(self) -> Hashable:
+        """What has to be equal for two conditions to be one."""
+        return id(self.sae), self.latent, self.threshold
 
     def __repr__(self) -> str:
-        return f"{self.latent}>{written(self.threshold)}"
+        return str(self.latent) + ("" if self.threshold is None else f">{written(self.threshold)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +49,11 @@ class ProbeAbove:
     def __call__(self, seen: Seen) -> Bool[Tensor, "row pos"]:
         """The tokens."""
         seen.check_width(len(self.direction))
-        return seen.x.detach() @ self.direction.to(seen.x.device) > self.threshold
+        return seen.x.detach() @ self.direction.to(seen.x) > self.threshold
+
+    def structure(self) -> Hashable:
+        """What has to be equal for two conditions to be one."""
+        return self.direction.data_ptr(), self.direction.shape, self.threshold
 
     def __repr__(self) -> str:
         return f"{self.name or 'a probe'}>{written(self.threshold)}"
@@ -54,13 +63,24 @@ Condition = LatentAbove | ProbeAbove
 """Says on which tokens an edit acts, by the residual as the edit finds it; prints as it is written."""
 
 
-def active(sae: SAE, latent: int, *, above: float = 0.0) -> LatentAbove:
-    """A condition: the latent's activation is above a threshold, in units of the unscaled residual stream.
+def active(sae: SAE, latent: int, *, above: float | None = None) -> LatentAbove:
+    """A condition: the latent is active, or its activation is above a threshold.
+
+    Args:
+        sae: the SAE.
+        latent: one of its latents.
+        above: in units of the unscaled residual stream; by default whatever is not 0.
 
     Raises:
         InputError: for a latent that does not exist, or a threshold that is not finite.
+
+    Example:
+        >>> sae = load_sae(shipped_path("sae/smollm2-135m"))
+        >>> active(sae, 77), active(sae, 77, above=0.5)
+        (77, 77>0.5)
     """
-    return LatentAbove(sae, int(check_latents(sae, latent)[0]), finite("above", above))
+    (chosen,) = check_latents(sae, latent).tolist()
+    return LatentAbove(sae, chosen, None if above is None else finite("above", above))
 
 
 def probe(direction: Float[Tensor, " d_model"], *, above: float = 0.0, name: str = "") -> ProbeAbove:
@@ -69,7 +89,7 @@ def probe(direction: Float[Tensor, " d_model"], *, above: float = 0.0, name: str
     Raises:
         InputError: if the direction is not a finite vector, or the threshold not a finite number.
     """
-    return ProbeAbove(check_direction(direction), finite("above", above), name)
+    return ProbeAbove(check_direction(direction), finite("above", above), check_name(name))
 
 
 @dataclass(frozen=True)

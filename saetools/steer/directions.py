@@ -11,7 +11,7 @@ from torch import Tensor
 from saetools.errors import InputError
 from saetools.steer.changes import AffineMap, ComponentMap, Push
 from saetools.steer.edits import Part, SteeringEdit
-from saetools.steer.numbers import check_direction, finite, written
+from saetools.steer.numbers import check_direction, check_name, finite, written
 
 
 def add_direction(
@@ -36,7 +36,8 @@ def add_direction(
         add_direction evil=0.1*norm
     """
     vector = check_direction(direction, nonzero=median_norm is not None)
-    step = finite("strength", strength) * vector
+    strength = finite("strength", strength)
+    step = strength * vector
     if median_norm is not None:
         step = strength * finite("median_norm", median_norm) * torch.nn.functional.normalize(vector, dim=0)
     unit = "" if median_norm is None else "*norm"
@@ -48,6 +49,10 @@ def project_out(
 ) -> SteeringEdit:
     """Remove the component along a direction: x - v v.x / v.v (arXiv 2506.11618); of several, all of their span.
 
+    Args:
+        direction: v, or several.
+        name: how the direction is called where the edit is printed; of several, their names with commas.
+
     Raises:
         InputError: if the direction is zero or not finite, or some of several depend on one another.
 
@@ -57,7 +62,9 @@ def project_out(
     """
     basis = _orthonormal(direction)
     zeros = torch.zeros(len(basis), dtype=torch.double)
-    return SteeringEdit([Part(ComponentMap(f"project_out {_called(direction, name)}", basis, zeros, zeros))])
+    names = ",".join(map(check_name, name.split(","))) if direction.ndim == 2 else name
+    text = f"project_out {names if direction.ndim == 2 and names else _called(direction, name)}"
+    return SteeringEdit([Part(ComponentMap(text, basis, zeros, zeros))])
 
 
 def project_to(direction: Float[Tensor, " d_model"], value: float, *, name: str = "") -> SteeringEdit:
@@ -70,7 +77,8 @@ def project_to(direction: Float[Tensor, " d_model"], value: float, *, name: str 
         >>> project_to(torch.ones(4), 2.5, name="evil")
         project_to evil=2.5
     """
-    at = torch.tensor([finite("value", value)], dtype=torch.double)
+    value = finite("value", value)
+    at = torch.tensor([value], dtype=torch.double)
     text = f"project_to {_called(direction, name)}={written(value)}"
     return SteeringEdit([Part(ComponentMap(text, _unit(direction), at, at))])
 
@@ -88,7 +96,7 @@ def mean_ablate(
     Raises:
         InputError: if a vector is not finite or of another length, or the direction is zero.
     """
-    unit, given = _unit(direction)[0], check_direction(mean)
+    unit, given = _unit(direction)[0], check_direction(mean, argument="mean")
     if len(given) != len(unit):
         raise InputError("mean", expected=f"length {len(unit)}", received=len(given), remedy="pass that of this site")
     return project_to(direction, float(given.to(unit) @ unit), name=name)
@@ -116,7 +124,11 @@ def cap(
         >>> cap(torch.ones(4), high=2.0, name="evil"), cap(torch.ones(4), low=-1.0, high=1.0, name="evil")
         (cap evil=..2, cap evil=-1..1)
     """
-    if not low <= high:
+    if math.isnan(low) or math.isnan(high) or low == math.inf or high == -math.inf:
+        raise InputError(
+            "low", expected="bounds that are numbers, or left out", received=f"{low} and {high}", remedy="mend them"
+        )
+    if low > high:
         raise InputError("low", expected=f"at most high, {high}", received=low, remedy="swap them")
     ends = ["" if math.isinf(end) else written(end) for end in (low, high)]
     bounds = [torch.tensor([end], dtype=torch.double) for end in (low, high)]
@@ -140,11 +152,11 @@ def affine(
         raise InputError(
             "matrix", expected="a finite square matrix", received=tuple(matrix.shape), remedy="pass [d_model, d_model]"
         )
-    matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-    shift = matrix.new_zeros(len(matrix)) if bias is None else check_direction(bias).to(matrix)
+    matrix = matrix.detach().to("cpu", torch.promote_types(matrix.dtype, torch.float32))
+    shift = matrix.new_zeros(len(matrix)) if bias is None else check_direction(bias, argument="bias").to(matrix)
     if len(shift) != len(matrix):
         raise InputError("bias", expected=f"length {len(matrix)}", received=len(shift), remedy="pass one that fits")
-    change = AffineMap(f"affine {name or 'a matrix'}", matrix - torch.eye(len(matrix)).to(matrix), shift)
+    change = AffineMap(f"affine {check_name(name) or 'a matrix'}", matrix - torch.eye(len(matrix)).to(matrix), shift)
     return SteeringEdit([Part(change)])
 
 
@@ -156,6 +168,8 @@ def _unit(direction: Tensor) -> Float[Tensor, "1 d_model"]:
 def _orthonormal(direction: Tensor) -> Float[Tensor, "direction d_model"]:
     if direction.ndim == 1:
         return _unit(direction)
+    if not len(direction):
+        raise InputError("direction", expected="at least one", received="none", remedy="pass [direction, d_model]")
     units = torch.cat([_unit(one) for one in direction])
     basis = torch.linalg.svd(units.double(), full_matrices=False)
     if float(basis.S.min()) < 1e-6:
@@ -170,11 +184,7 @@ def _orthonormal(direction: Tensor) -> Float[Tensor, "direction d_model"]:
 
 
 def _called(direction: Tensor, name: str) -> str:
-    if name:
-        if not name.replace("-", "_").replace(".", "_").isidentifier():
-            raise InputError(
-                "name", expected="letters, digits, _ - and .", received=repr(name), remedy="call it otherwise"
-            )
+    if check_name(name):
         return name
     if direction.ndim == 1:
         return f"(norm {torch.linalg.vector_norm(direction.float()):g})"

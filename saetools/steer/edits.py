@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saetools.models.editing import Where
+from saetools.models.where import Where
+from saetools.sae.model import SAE
 from saetools.steer.changes import AffineMap, ComponentMap, LatentMap, Push, own
 from saetools.steer.condition import Condition, LatentAbove, Schedule
 from saetools.steer.scope import Scope, Tokens
@@ -35,7 +36,7 @@ class Part:
 
     def structure(self) -> Hashable:
         """What has to be equal for two parts to run as one."""
-        conditions = tuple((id(condition), wanted) for condition, wanted in self.conditions)
+        conditions = tuple((condition.structure(), wanted) for condition, wanted in self.conditions)
         return self.change.structure(), self.scope, conditions, self.schedule
 
     def chosen(self, seen: Seen) -> Bool[Tensor, "row pos"]:
@@ -59,33 +60,30 @@ class SteeringEdit:
     """Changes of the residual stream that all read the same x: x' = x + what each of them adds.
 
     Made by the functions of `saetools.steer`; given to `saetools.edit`, `generate` and the evaluations. `a + b` reads x
-    once for both; a list `[a, b]` at a site runs `b` on what `a` left. Latent changes of one SAE within an edit go
-    from left to right through f (so that the later of two on one latent has the last word); activity, conditions,
+    once for both; a list `[a, b]` at a site runs `b` on what `a` left. Changes of latents of one SAE within an edit go
+    from left to right through f, so that the later of two on one latent has the last word; activity, conditions,
     components and projections are read from x.
 
-    It prints as it is written, and `steer.parse` reads that again.
+    It prints as it is written; with directions that have names, `steer.parse` reads that again.
     """
 
-    def __init__(self, parts: Sequence[Part], *, rows: Int[Tensor, " row"] | None = None) -> None:
+    def __init__(self, parts: Sequence[Part], *, choice: Int[Tensor, " row"] | None = None) -> None:
         self.parts = tuple(parts)
-        self.rows = rows
-        by_sae: dict[int, list[LatentMap]] = {}
-        for part in self.parts:
-            if isinstance(part.change, LatentMap):
-                by_sae.setdefault(id(part.change.sae), []).append(part.change)
-        asked_by_conditions: dict[int, list[LatentAbove]] = {}
+        self._choice = choice  # of the stacked numbers, by row of the batch
+        maps = [part.change if isinstance(part.change, LatentMap) else None for part in self.parts]
+        read = {id(one.sae) for one in maps if one is not None and not one.is_constant}
+        self._through_f = tuple(one is not None and id(one.sae) in read for one in maps)
+        groups: dict[int, tuple[SAE, list[Tensor]]] = {}
+        for one in maps:
+            if one is not None and id(one.sae) in read:
+                groups.setdefault(id(one.sae), (one.sae, []))[1].append(one.latents)
         for part in self.parts:
             for condition, _ in part.conditions:
                 if isinstance(condition, LatentAbove):
-                    asked_by_conditions.setdefault(id(condition.sae), []).append(condition)
-        self._asked: dict[int, Asked] = {}
-        self._read: set[int] = {key for key, maps in by_sae.items() if any(one.reads for one in maps)}
-        for key in by_sae.keys() | asked_by_conditions.keys():
-            maps, conditions = by_sae.get(key, []), asked_by_conditions.get(key, [])
-            sae = (maps or conditions)[0].sae
-            groups = [one.latents for one in maps] + [torch.tensor([one.latent]) for one in conditions]
-            self._asked[key] = Asked.of(sae, groups)
-        self._read |= asked_by_conditions.keys()
+                    asked = torch.tensor([condition.latent])
+                    groups.setdefault(id(condition.sae), (condition.sae, []))[1].append(asked)
+        self._asked = tuple(Asked.of(sae, latents) for sae, latents in groups.values())
+        self._moved: dict[torch.device, list[Part]] = {}
 
     @property
     def scope(self) -> Scope | None:
@@ -134,66 +132,91 @@ class SteeringEdit:
 
     def __call__(self, acts: Float[Tensor, "row pos d_model"], where: Where) -> Float[Tensor, "row pos d_model"]:
         """Edit the activations of a pass."""
-        seen = Seen(acts, where)
-        local = None if self.rows is None else torch.searchsorted(self.rows.to(where.rows.device), where.rows)
-        before = {key: seen.keep(self._asked[key]) for key in self._read}
-        after: dict[int, Tensor] = {}
-        total: Tensor | None = None
-        for part in self.parts:
+        seen = Seen(acts, where, self._asked)
+        local = None if self._choice is None else self._choice.to(where.rows.device)[where.rows]
+        after: dict[int, tuple[Asked, Tensor]] = {}
+        out = seen.x
+        for part, through_f in zip(self._on(acts.device), self._through_f, strict=True):
             chosen = part.chosen(seen)
-            if isinstance(part.change, LatentMap):
-                key = id(part.change.sae)
-                if key not in before:  # nothing depends on the activations
-                    before[key] = seen.x.new_zeros(*seen.x.shape[:-1], len(self._asked[key].latents))
-                after[key] = self._mapped(part, seen, local, before[key], after.get(key, before[key]), chosen)
+            if through_f:
+                assert isinstance(part.change, LatentMap)
+                asked = next(one for one in self._asked if one.sae is part.change.sae)
+                after[id(asked.sae)] = asked, _mapped(part, seen, local, asked, after, chosen)
                 continue
-            step = part.change(seen, local)
+            step = (
+                _constant(part.change, seen, local) if isinstance(part.change, LatentMap) else part.change(seen, local)
+            )
             if (weights := part.weights(seen)) is not None:
                 step = step * weights
-            step = torch.where(chosen[..., None], step, 0.0)
-            total = step if total is None else total + step
-        for key, f in after.items():
-            step = self._asked[key].written(seen, f - before[key])
-            total = step if total is None else total + step
-        assert total is not None
-        return (seen.x + total).to(acts.dtype)
+            out = out + torch.where(chosen[..., None], step, 0.0)
+        for asked, f in after.values():
+            before = seen.latents(asked.sae)
+            assert before is not None
+            change = torch.where(f == before, 0.0, f - before)  # 0 too where activations overflow
+            out = out + seen.written(asked.sae, asked.latents, change)
+        return out.to(acts.dtype)
 
-    def _mapped(
-        self, part: Part, seen: Seen, local: Tensor | None, first: Tensor, f: Tensor, chosen: Tensor
-    ) -> Float[Tensor, "row pos asked"]:
-        """Activations after one more change."""
-        change = part.change
-        assert isinstance(change, LatentMap)
-        columns = own(self._asked[id(change.sae)].columns(change.latents).to(f.device), local)
-        columns = columns.expand(*f.shape[:-1], -1)
-        old = f.gather(-1, columns)
-        new = change.mapped(old, local)
-        if (weights := part.weights(seen)) is not None:
-            new = old + weights * (new - old)
-        touched = chosen[..., None]
-        if change.only_if_active:
-            touched = touched & (first.gather(-1, columns) != 0)
-        return f.scatter(-1, columns, torch.where(touched, new, old))
+    def _on(self, device: torch.device) -> list[Part]:
+        """The parts with their numbers on a device."""
+        if device not in self._moved:
+            parts: list[Part] = []
+            for part in self.parts:
+                change: Any = part.change
+                parts.append(replace(part, change=change.to(device)))
+            self._moved[device] = parts
+        return self._moved[device]
 
     def structure(self) -> Hashable:
         """Edits of equal structure differ in numbers alone, and can be `stacked`."""
         return tuple(part.structure() for part in self.parts)
 
-    def stacked(self, others: Sequence[SteeringEdit], rows: Int[Tensor, " row"]) -> SteeringEdit:
-        """The edits of some rows of a batch as one.
+    def stacked(self, others: Sequence[SteeringEdit], choice: Int[Tensor, " row"]) -> SteeringEdit:
+        """Several edits of one structure as one, for a batch whose rows have edits of their own.
 
         Args:
-            others: an edit of the same structure for each row.
-            rows: the rows, ascending.
+            others: the edits.
+            choice: number of the row's edit among them, for every row of the batch.
         """
         parts = []
         for number, part in enumerate(self.parts):
             change: Any = part.change
             parts.append(replace(part, change=change.stacked([other.parts[number].change for other in others])))
-        return SteeringEdit(parts, rows=rows)
+        return SteeringEdit(parts, choice=choice)
 
     def _with(self, **fields: object) -> SteeringEdit:
         return SteeringEdit([replace(one, **fields) for one in self.parts])  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return " + ".join(map(str, self.parts))
+
+
+def _constant(change: LatentMap, seen: Seen, local: Tensor | None) -> Tensor:
+    """What a shift of activations adds to x."""
+    latents, shift = (change.latents, change.numbers[..., 1, :])
+    if local is None:
+        return seen.written(change.sae, latents, shift.to(seen.x.dtype)[None, None])
+    return seen.written(change.sae, latents[local], shift[local].to(seen.x.dtype)[:, None])
+
+
+def _mapped(
+    part: Part,
+    seen: Seen,
+    local: Tensor | None,
+    asked: Asked,
+    after: Mapping[int, tuple[Asked, Tensor]],
+    chosen: Bool[Tensor, "row pos"],
+) -> Float[Tensor, "row pos asked"]:
+    """Activations of an SAE after one more change."""
+    change, first = part.change, seen.latents(asked.sae)
+    assert isinstance(change, LatentMap)
+    assert first is not None
+    f = after[id(asked.sae)][1] if id(asked.sae) in after else first
+    columns = own(asked.columns(change.latents), local).expand(*f.shape[:-1], -1)
+    old = f.gather(-1, columns)
+    new = change.mapped(old, local)
+    if (weights := part.weights(seen)) is not None:
+        new = old + weights * (new - old)
+    touched = chosen[..., None]
+    if change.only_if_active:
+        touched = touched & (first.gather(-1, columns) != 0)
+    return f.scatter(-1, columns, torch.where(touched, new, old))

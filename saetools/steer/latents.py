@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saetools.errors import InputError
 from saetools.sae.model import SAE
 from saetools.steer.changes import LatentMap, Push
 from saetools.steer.edits import Part, SteeringEdit
@@ -44,18 +43,10 @@ def add(
     chosen = check_latents(sae, latents)
     strengths = per_latent("strength", strength, len(chosen))
     text = "add " + written_latents(chosen, strengths, unit) + (" if active" if only_if_active else "")
-    if unit == "norm" and not only_if_active:
-        rows = sae.W_dec.detach()[chosen.to(sae.W_dec.device)]
-        rows = torch.nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
-        steps = torch.tensor(strengths, dtype=torch.double) * median_norm(sae)
-        return SteeringEdit([Part(Push(text, steps.to(rows) @ rows))])
-    if unit == "norm" and sae.input_norm != "none":
-        raise InputError(
-            "unit",
-            expected="activation or p99, where only active latents of an SAE that normalises its input are pushed",
-            received="'norm'",
-            remedy="pass unit='activation'",
-        )
+    if unit == "norm" and sae.input_norm != "none" and not only_if_active:  # what f + s writes depends on the token
+        rows = sae.W_dec.detach()[chosen.to(sae.W_dec.device)].float().cpu()
+        steps = torch.tensor(strengths) * median_norm(sae)
+        return SteeringEdit([Part(Push(text, steps @ torch.nn.functional.normalize(rows, dim=1)))])
     shift = torch.tensor(strengths, dtype=torch.double) * units("unit", sae, chosen, unit)
     return _mapped(text, sae, chosen, shift=shift, only_if_active=only_if_active)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from saetools.errors import InputError
 from saetools.sae.model import SAE
+
+MODIFIERS = ("if", "on", "from", "with", "without", "when", "unless", "over")
+"""Words of the language of edits that follow a change."""
+_NAME = re.compile(r"[^\W\d][\w.-]*")
 
 Latents = int | Sequence[int] | Int[Tensor, " latent"]
 Unit = Literal["activation", "p99", "norm"]
@@ -30,7 +35,12 @@ def check_latents(sae: SAE, latents: Latents) -> Int[Tensor, " latent"]:
             received="a transcoder",
             remedy="edit with an SAE of the site that is to be changed",
         )
-    given = torch.as_tensor(latents).reshape(-1).cpu()
+    try:
+        given = torch.as_tensor(latents).reshape(-1).cpu()
+    except (RuntimeError, OverflowError, ValueError) as error:  # a number that no tensor holds
+        raise InputError(
+            "latents", expected=f"0 to {sae.d_sae - 1}", received="a larger number", remedy="name latents of this SAE"
+        ) from error
     if len(given) and (given.dtype == torch.bool or given.is_floating_point()):
         kind = str(given.dtype).removeprefix("torch.")
         raise InputError("latents", expected="whole numbers", received=kind, remedy="pass indices, not a mask")
@@ -48,22 +58,40 @@ def check_latents(sae: SAE, latents: Latents) -> Int[Tensor, " latent"]:
     return chosen
 
 
-def check_direction(direction: Tensor, *, nonzero: bool = False) -> Float[Tensor, " d_model"]:
-    """A finite vector, in float32 or better.
+def check_direction(
+    direction: Tensor, *, nonzero: bool = False, argument: str = "direction"
+) -> Float[Tensor, " d_model"]:
+    """A finite vector, in float32 or better, on the CPU.
 
     Raises:
         InputError: for another shape, NaN, infinity, or zero where a direction is needed.
     """
     if direction.ndim != 1 or not bool(torch.isfinite(direction).all()):
         raise InputError(
-            "direction",
+            argument,
             expected="a finite vector",
             received=f"shape {tuple(direction.shape)}" if direction.ndim != 1 else "NaN or infinity",
             remedy="pass [d_model]",
         )
     if nonzero and not bool(direction.any()):
-        raise InputError("direction", expected="a direction", received="a zero vector", remedy="pass another")
-    return direction.detach().to(torch.promote_types(direction.dtype, torch.float32))
+        raise InputError(argument, expected="a direction", received="a zero vector", remedy="pass another")
+    return direction.detach().to("cpu", torch.promote_types(direction.dtype, torch.float32))
+
+
+def check_name(name: str) -> str:
+    """How a direction is called in a printed edit; empty for no name.
+
+    Raises:
+        InputError: for a name that could not be read again.
+    """
+    if name and (not _NAME.fullmatch(name) or name in (*MODIFIERS, "active")):
+        raise InputError(
+            "name",
+            expected="a letter, then letters, digits, _ - and ., and no word of the language of edits",
+            received=repr(name),
+            remedy="call it otherwise",
+        )
+    return name
 
 
 def finite(argument: str, value: float) -> float:
@@ -74,7 +102,7 @@ def finite(argument: str, value: float) -> float:
     """
     if not math.isfinite(value):
         raise InputError(argument, expected="a finite number", received=value, remedy="pass another")
-    return value
+    return float(value)
 
 
 def per_latent(argument: str, value: float | Sequence[float], n: int) -> list[float]:
@@ -112,9 +140,22 @@ def units(argument: str, sae: SAE, latents: Int[Tensor, " latent"], unit: Unit) 
             )
         return sae.p99.cpu()[latents].double()
     if unit == "norm":
+        if sae.input_norm != "none":
+            raise InputError(
+                argument,
+                expected="activation or p99, for an SAE that normalises its input: how much a latent writes varies",
+                received="'norm'",
+                remedy="pass another unit",
+            )
         rows = sae.W_dec.detach()[latents.to(sae.W_dec.device)].double().cpu()
         norms = torch.linalg.vector_norm(rows, dim=1)
-        return torch.where(norms > 0, median_norm(sae) / norms, 0.0)
+        if bool((norms == 0).any()):
+            zero = latents[norms == 0].tolist()
+            raise InputError(
+                "latents", expected="latents that write something", received=f"{zero}", remedy="leave them out"
+            )
+        of_a_norm: Tensor = median_norm(sae) / norms
+        return of_a_norm
     raise InputError(argument, expected="activation, p99 or norm", received=repr(unit), remedy="pick one of these")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saetools.data.roles import Positions, select_positions
 from saetools.errors import InputError
-from saetools.models.editing import Where
+from saetools.models.where import Where
 
 Tokens = Literal["all", "prompt", "last_prompt", "header", "response", "template", "generated"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)

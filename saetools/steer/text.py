@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,10 +26,9 @@ from saetools.steer import directions as on_directions
 from saetools.steer import latents as on_latents
 from saetools.steer.condition import Condition, active, probe
 from saetools.steer.edits import SteeringEdit
-from saetools.steer.numbers import Unit
+from saetools.steer.numbers import MODIFIERS, Unit
 from saetools.steer.scope import TOKENS, Tokens
 
-_MODIFIERS = ("if", "on", "from", "with", "without", "when", "unless", "over")
 _WITH_UNITS = ("add", "clamp", "clamp_min", "clamp_max")
 _ON_LATENTS = (*_WITH_UNITS, "scale", "ablate")
 _ON_DIRECTIONS = ("add_direction", "project_out", "project_to", "cap")
@@ -133,8 +133,12 @@ class _Part:
         )
         scope: dict[str, Any] = {}
         tokens: tuple[Tokens, ...] = ()
+        seen: set[str] = set()
         while self.place < len(self.words):
             word = self._next("a modifier")
+            if word in seen:
+                raise self._error(f"{word!r} once", word)
+            seen |= {word} - {"when", "unless"}
             match word:
                 case "on":
                     tokens = tuple(self._tokens(name) for name in self._next("token roles").split(","))
@@ -152,8 +156,10 @@ class _Part:
                     made = made.unless(self._condition(self._next("a condition")))
                 case "over":
                     made = made.over(self._points(self._next("weights, such as 0:1,32:0")))
+                case "if":
+                    raise self._error("`if active` right after the change", word)
                 case _:
-                    raise self._error("one of " + ", ".join(_MODIFIERS), word)
+                    raise self._error("one of " + ", ".join(MODIFIERS), word)
         return made.on(*tokens, **scope) if tokens or scope else made
 
     def _on_latents(self, kind: str, operands: list[str], if_active: bool) -> SteeringEdit:
@@ -178,7 +184,7 @@ class _Part:
             raise self._error("one unit for all latents of a change", ", ".join(sorted(units)))
         if kind == "scale":
             if units != {"activation"} or if_active:
-                raise self._error("scale with plain factors", " ".join(operands))
+                raise self._error("scale with plain factors, without `if active`", " ".join(self.words))
             return on_latents.scale(sae, latents, values)
         change = getattr(on_latents, kind)
         made: SteeringEdit = change(sae, latents, values, unit=units.pop(), only_if_active=if_active)
@@ -188,12 +194,13 @@ class _Part:
         if len(operands) != 1 or if_active:
             raise self._error(f"{kind} with one direction", " ".join(self.words))
         name, equals, value = operands[0].partition("=")
-        direction = self._direction(name)
         if (kind == "project_out") == bool(equals):
             raise self._error("project_out NAME" if equals else f"{kind} NAME=VALUE", operands[0])
+        if kind == "project_out":
+            vectors = [self._direction(one) for one in name.split(",")]
+            return on_directions.project_out(vectors[0] if len(vectors) == 1 else torch.stack(vectors), name=name)
+        direction = self._direction(name)
         match kind:
-            case "project_out":
-                return on_directions.project_out(direction, name=name)
             case "project_to":
                 return on_directions.project_to(direction, self._number(value), name=name)
             case "cap":
@@ -211,18 +218,18 @@ class _Part:
 
     def _condition(self, word: str) -> Condition:
         name, above, value = word.partition(">")
+        if _is_whole(name):
+            return active(self._sae(), self._whole(name), above=self._number(value) if above else None)
         if not above:
-            raise self._error("LATENT>NUMBER or NAME>NUMBER", word)
-        if name.isdigit():
-            return active(self._sae(), int(name), above=self._number(value))
+            raise self._error("LATENT, LATENT>NUMBER or NAME>NUMBER", word)
         return probe(self._direction(name), above=self._number(value), name=name)
 
     def _points(self, word: str) -> dict[int, float]:
         points = {}
         for one in word.split(","):
             step, colon, weight = one.partition(":")
-            if not colon:
-                raise self._error("weights, such as 0:1,32:0", word)
+            if not colon or self._whole(step) in points:
+                raise self._error("weights, such as 0:1,32:0, each step once", word)
             points[self._whole(step)] = self._number(weight)
         return points
 
@@ -238,7 +245,10 @@ class _Part:
 
     def _direction(self, name: str) -> Tensor:
         if name not in self.known.directions:
-            raise self._error("a direction called " + (" or ".join(self.known.directions) or "(none is known)"), name)
+            known = " or ".join(self.known.directions)
+            raise self._error(
+                f"a direction called {known}" if known else "a direction at this site, and there is none", name
+            )
         return self.known.directions[name]
 
     def _latents(self, word: str) -> list[int]:
@@ -260,13 +270,13 @@ class _Part:
         return value
 
     def _whole(self, word: str) -> int:
-        if not word.isdecimal():
+        if not _is_whole(word):
             raise self._error("a whole number", word)
         return int(word)
 
     def _until_modifier(self) -> list[str]:
         start = self.place
-        while self.place < len(self.words) and self.words[self.place] not in _MODIFIERS:
+        while self.place < len(self.words) and self.words[self.place] not in MODIFIERS:
             self.place += 1
         return self.words[start : self.place]
 
@@ -290,3 +300,8 @@ class _Part:
         return InputError(
             "edit", expected=expected, received=f"{received!r} in {self.text!r}", remedy="see saetools.steer.text"
         )
+
+
+def _is_whole(word: str) -> bool:
+    """Whether a word is a whole number that a tensor can hold."""
+    return word.isascii() and word.isdecimal() and len(word) < 18

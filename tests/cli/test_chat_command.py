@@ -87,8 +87,8 @@ def _until(leader: int, text: str) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steer", "tuned"], "--steer: expected base, without --adapter"),
-        (["--transcript", "/dev/null/x/y"], "--out: expected a place that can be written"),
+        (["--steer", "tuned"], "--steer: expected base, without a fine-tune"),
+        (["--transcript", "/dev/null/x/y"], "--transcript: expected a place that can be written"),
         (["--edit", "clmp 3=1"], "edit: expected one of add, clamp"),
     ],
 )

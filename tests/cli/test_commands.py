@@ -16,7 +16,7 @@ import torch
 
 import saetools.models
 from saetools.cli import main
-from saetools.cli.options import EditOptions, EditSources, ModelOptions, SAEOptions
+from saetools.cli.options import EditOptions, EditSources, ModelOptions, PairOptions, SAEOptions
 from saetools.directions import Direction
 from saetools.errors import InputError
 from saetools.latent_diff import LatentDiff
@@ -277,6 +277,14 @@ def test_an_sae_goes_to_the_models_device_and_takes_a_site(smollm: LanguageModel
         elsewhere.edits(smollm)
     with pytest.raises(InputError, match=r"--sae: expected an SAE of width 576.*received .* of width 8"):
         SAEOptions(str(tmp_path / "8")).load(smollm)
+
+
+def test_voices_are_the_base_and_every_fine_tune_by_its_name() -> None:
+    organism, twin = (str(saetools.shipped_path(f"adapters/{name}")) for name in ("organism", "twin"))
+    named = PairOptions(ModelOptions(adapter=(f"bad={organism}", f"good={twin}"))).voices()
+    assert [(name, lm.adapter) for name, lm in named.items()] == [("base", None), ("bad", "bad"), ("good", "good")]
+    with pytest.raises(InputError, match="--adapter: expected other names than 'base'"):
+        PairOptions(ModelOptions(adapter=(f"base={organism}",))).voices()
 
 
 def test_the_installed_command_answers() -> None:

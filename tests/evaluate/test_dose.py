@@ -50,7 +50,7 @@ def test_every_dose_stands_beside_its_controls(lm, tokens):
         score = score_forced_choice(lm, ITEMS, edits={SITE: fn})
         assert (own.score, own.shift, own.against, own.n) == (score.mean, score.minus(unedited), None, 3)
         assert own.perplexity == measure_perplexity(lm, TEXTS, edits={SITE: fn}).value
-        assert own.norm == pytest.approx(float(fn.parts[0].change.vector.norm()), rel=1e-4)
+        assert own.norm == pytest.approx(float(fn.parts[0].change.vector().norm()), rel=1e-4)
         for control in (norm, cost):
             step = {SITE: controls.RandomPush(random_directions(5), control.norm, Scope((tokens,)))}
             controlled = score_forced_choice(lm, ITEMS, edits=step)
@@ -85,6 +85,9 @@ def test_the_norm_of_an_edit(lm):
 def test_doses_that_cannot_be_controlled_are_errors(lm):
     with pytest.raises(InputError, match="doses: expected at least one strength"):
         dose_response(lm, SITE, {}, ITEMS, TEXTS)
+    mixed = add(make_sae(), 3, 1.0) + add(make_sae(), 3, 1.0).on("prompt")
+    with pytest.raises(InputError, match="doses: expected edits whose parts touch the same tokens"):
+        dose_response(lm, SITE, {1.0: mixed}, ITEMS, TEXTS)
     answers_only = {1.0: add(make_sae(), 3, 1.0).on("response")}
     with pytest.raises(InputError, match=r"received add 3=1\*norm on response; edit all"):
         dose_response(lm, SITE, answers_only, ITEMS, TEXTS)

@@ -1,6 +1,5 @@
 """Sweeps: answers are those of edits run one by one, resume and budget, what is coherent, and how far one can steer."""
 
-import inspect
 import json
 
 import pytest
@@ -167,10 +166,36 @@ def test_the_largest_coherent_strength_is_searched(lm):
     assert sweep.max_coherent_strength("edit") == found
     assert max_coherent_strength(lm, broken_above(0.01, lm), prompts, n_refine=0, config=config)[0] == 0
     assert max_coherent_strength(lm, broken_above(9, lm), prompts, strengths=(0.2, 1.0), config=config)[0] == 1
-    with pytest.raises(InputError, match="strengths: expected some above 0"):
+    with pytest.raises(InputError, match="strengths: expected all above 0, or all below"):
         max_coherent_strength(lm, broken_above(0.33, lm), prompts, strengths=(-1.0, 1.0))
     with pytest.raises(InputError, match="edit: expected one of edit, received 'unedited'"):
         sweep.max_coherent_strength("unedited")
+
+
+def test_strengths_that_break_the_model_are_incoherent(lm):
+    """A search goes beyond what numbers can hold, and comes back."""
+    config = SweepConfig(max_new_tokens=6, temperature=0.02, seed=1)
+    push = {s: {SITE: steer.add_direction(V, s)} for s in (0.01, 1e39)}
+    sweep = sweep_edits(lm, {"push": push}, PROMPTS, config=config)
+    broken = sweep.answers.filter(edit="push", strength=1e39)
+    assert broken["broken"].all()
+    assert not broken["coherent"].any()
+    assert not sweep.answers.filter(strength=0.01)["broken"].any()
+    found, _ = max_coherent_strength(
+        lm, lambda s: {SITE: steer.add_direction(V, s)}, PROMPTS, strengths=(0.01, 1e39), n_refine=1, config=config
+    )
+    assert found < 1e39
+
+
+def test_settings_are_checked():
+    for settings, message in (
+        ({"perplexity_factor": 0.0}, "perplexity_factor: expected above 0"),
+        ({"max_incoherent": 2.0}, "max_incoherent: expected 0 to 1"),
+        ({"temperature": -1.0}, "temperature: expected 0 or more"),
+        ({"batch_rows": 0}, "batch_rows: expected 1 or more"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SweepConfig(**settings)
 
 
 def test_a_judge_has_a_say(lm):
@@ -185,6 +210,7 @@ def test_a_judge_has_a_say(lm):
     assert sweep.doses()["incoherent"].to_list() == [1.0, 1.0]
     assert sweep.most_incoherent == 1.0  # no worse than the unedited model
     assert set(sweep.doses()["judged"]) == {10.0}
+    assert set(sweep.doses()["n_judged"]) == {6}
     assert "judge" in json.dumps(sweep.provenance)
 
 
@@ -219,6 +245,11 @@ def test_how_far_strengths_stay_coherent():
     assert largest_coherent({0.1: 0.0, 0.2: 0.1, 0.3: 0.4, 0.4: 0.0}, 0.1) == (0.2, 0.25)
     assert largest_coherent({0.1: 0.2}, 0.1) == (0.0, 0.05)
     assert largest_coherent({0.2: 0.0, 0.1: 0.0}, 0.1) == (0.2, None)
+    assert largest_coherent({-0.1: 0.0, -0.3: 0.5, -0.2: 0.0}, 0.1) == (-0.2, -0.25)
+    assert largest_coherent({1e-5: 0.0, 2e-5: 1.0}, 0.1) == (1e-5, 1.5e-5)
+    for both in ({-0.1: 0.0, 0.1: 0.0}, {0.0: 0.0, 0.1: 0.0}):
+        with pytest.raises(InputError, match="all above 0, or all below"):
+            largest_coherent(both, 0.1)
 
 
 def test_limits_need_answers():
@@ -256,4 +287,3 @@ def test_figures_show_every_strength(lm):
     figure = plot_dose_response(DoseResponse(estimate, 20.0, points))
     assert [trace.name for trace in figure.data][:3] == ["the edit", "random, equal norm", "random, equal perplexity"]
     assert all(list(trace.x) == [0.1, 0.2] for trace in figure.data)
-    assert inspect.signature(plot_dose_response).parameters["edit"].default is None

@@ -6,7 +6,7 @@ import torch
 from saetools.data.roles import Role
 from saetools.errors import InputError
 from saetools.models import Site, edit, final_hidden, read, token_log_probs
-from saetools.models.editing import Passes
+from saetools.models.passes import Passes
 
 SITE = Site(1, "resid_mid")
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12]]
@@ -96,7 +96,7 @@ def test_masks_of_static_caches_tell_the_padding():
     allowed = torch.tensor([[False, True, True, True, False]])
     additive = torch.where(allowed, 0.0, -1e9)[:, None, None].expand(1, 1, 2, 5)
     for mask in (allowed[:, None, None], additive, {"full_attention": additive, "sliding_attention": None}):
-        passes = Passes(None, None, None)
+        passes = Passes()
         where = passes._placed({"attention_mask": mask}, torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4))
         assert where.mask.tolist() == allowed[:, :4].tolist()
         assert where.positions.tolist() == [[-1, 0, 1, 2]]

@@ -1,5 +1,6 @@
 """`saetools serve`, a real process, driven by the official openai client: edits and adapters by request."""
 
+import contextlib
 import http.client
 import os
 import subprocess
@@ -11,7 +12,7 @@ import openai
 import pytest
 import torch
 
-from saetools import Conversation, SamplingConfig, Site, generate, load_model, load_sae, shipped_path, steer
+from saetools import SamplingConfig, Site, generate, load_model, load_sae, shipped_path, steer
 from saetools.directions import Direction
 
 V = torch.randn(576, generator=torch.Generator().manual_seed(0))
@@ -181,7 +182,13 @@ def test_plain_texts_are_completed(client):
         ({"extra_body": {"edit": ["clamp 3=1"]}}, openai.BadRequestError, "edit: Extra inputs are not permitted"),
         ({"model": "nobody"}, openai.NotFoundError, "there are smollm2-135m, organism"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens: Input should be greater"),
-        ({"max_tokens": 10**6}, openai.BadRequestError, "expected at most 8192 tokens"),
+        ({"max_tokens": 10**6}, openai.BadRequestError, "max_tokens: expected at most 8"),
+        ({"seed": 10**30}, openai.BadRequestError, "seed: Input should be less"),
+        ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs: none, where logprobs are not asked for"),
+        ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options: none, where"),
+        ({"extra_body": {"edits": ["clamp 3=1 when ²>0"]}}, openai.BadRequestError, "a direction called push"),
+        ({"extra_body": {"edits": [f"clamp {10**25}=1"]}}, openai.BadRequestError, "expected a whole number"),
+        ({"extra_body": {"edits": [f"clamp {10**15}=1"]}}, openai.BadRequestError, "latents: expected"),
         ({"temperature": -1}, openai.BadRequestError, "temperature: Input should be greater"),
         ({"presence_penalty": 1.0}, openai.BadRequestError, "presence_penalty: Input should be less"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools: Extra inputs"),
@@ -221,15 +228,41 @@ def test_without_the_key_or_by_another_name_nobody_is_answered(address):
     for headers, status in (
         ({"Host": "evil.example"}, 400),
         ({"Host": f"localhost:{port}"}, 200),
+        ({"Host": f"[::1]:{port}"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://localhost:3000"}, 200),
         ({"Content-Length": "4100000"}, 413),
     ):
         connection = http.client.HTTPConnection(host, int(port))
         connection.request("GET", "/health", headers={"Authorization": "Bearer secret", **headers})
-        assert connection.getresponse().status == status
+        assert connection.getresponse().status == status, headers
         connection.close()
 
 
+def test_a_large_request_in_chunks_is_refused(address):
+    host, port = address.split("/")[2].split(":")
+    connection = http.client.HTTPConnection(host, int(port))
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+    chunks = iter([b'{"model": "' + b"x" * 1_000_000] * 5)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request("POST", "/v1/completions", body=chunks, headers=headers, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_an_answer_can_be_sent_back(client):
+    first = ask(client, "smollm2-135m", QUESTIONS[0], 0).choices[0].message
+    messages = [{"role": "user", "content": QUESTIONS[0]}, first, {"role": "user", "content": "And now?"}]
+    said = client.chat.completions.create(model="smollm2-135m", messages=messages, max_tokens=4, temperature=None)
+    assert said.choices[0].message.content
+    assert client.models.retrieve("organism").id == "organism"
+
+
 def test_a_client_that_goes_away_makes_room(client):
+    impatient = client.with_options(timeout=0.3)
+    for _ in range(6):
+        with pytest.raises(openai.APITimeoutError):
+            impatient.completions.create(model="smollm2-135m", prompt="Count:", max_tokens=4000)
     streams = [
         client.chat.completions.create(
             model="smollm2-135m", messages=[{"role": "user", "content": "Count."}], max_tokens=2000, stream=True
@@ -244,9 +277,10 @@ def test_a_client_that_goes_away_makes_room(client):
     assert time.monotonic() - started < 60
 
 
-def test_other_machines_need_a_key(capsys):
+def test_other_machines_need_a_key(capsys, monkeypatch):
     from saetools.cli import main
 
+    monkeypatch.delenv("SAETOOLS_TOKEN", raising=False)
     for options, message in (
         (["--host", "0.0.0.0"], "--host: expected this machine, such as 127.0.0.1, or a key in SAETOOLS_TOKEN"),
         (["--port", "70000"], "--port: expected 0 to 65535"),
@@ -267,4 +301,3 @@ def test_system_prompts_and_parts_are_read(client):
     ):
         said = client.chat.completions.create(model="smollm2-135m", messages=messages, **GREEDY)
         assert (said.choices[0].message.content == whole) is same
-    assert Conversation.chat("x").is_prompt

@@ -1,0 +1,1 @@
+"""Workers that answer prompts under an edit of one layer."""
