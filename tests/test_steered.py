@@ -129,3 +129,19 @@ def test_a_pipeline_takes_a_steered_model(lm):
 def test_sites_are_checked_at_once(lm):
     with pytest.raises(InputError, match="site: expected a layer below 3"):
         steered_model(lm, {Site(3): EDITS["all"]})
+
+
+def test_a_steered_model_is_not_saved_as_if_it_were_plain(lm, tmp_path):
+    with pytest.raises(InputError, match=r"put the edits into the weights: saetools\.bake_edits"):
+        steered_model(lm, {SITE: EDITS["all"]}).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_static_caches_that_hide_padding_are_seen_through(make_tiny, batch):
+    """All of a Mistral's layers look back a little: the masks of its static cache are shorter than what was read."""
+    lm = make_tiny("mistral", sliding_window=8)
+    for name in ("generated", "latents"):
+        expected = by_hand(lm, batch, EDITS[name], n=12)
+        model = steered_model(lm, {SITE: EDITS[name]})
+        settings = {"max_new_tokens": 12, "min_new_tokens": 12, "cache_implementation": "static"}
+        assert torch.equal(answer(model, batch, **settings), expected)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,23 +13,22 @@ from saetools.cli.chat_command import ChatCommand
 from saetools.cli.latent_commands import Explain, Index, Search
 from saetools.cli.options import (
     DataOptions,
-    EditOptions,
     ModelOptions,
     SAEOptions,
     TunedOptions,
     at_least,
     progress,
 )
-from saetools.cli.output import check_file, check_folder, print_json, printable
+from saetools.cli.output import check_folder, print_json
 from saetools.cli.persona_command import Persona
 from saetools.cli.sae_commands import Sae
 from saetools.cli.serve_command import Serve
+from saetools.cli.steer_commands import Generate, Steer, Sweep
 from saetools.cli.training import Harvest, Train, cuts
 from saetools.data import Positions
 from saetools.diff import DiffConfig, LatentDiff
 from saetools.errors import InputError
 from saetools.finetune import FinetuneConfig, FinetuneProgress
-from saetools.generation import SamplingConfig
 from saetools.latent_diff import in_brackets
 from saetools.provenance import write_text
 
@@ -132,82 +129,6 @@ def _latent_table(title: str, rows: list[dict[str, Any]]) -> RichTable:
 
 
 @dataclass(frozen=True)
-class Steer:
-    """Answer prompts with and without an edit, side by side."""
-
-    prompts: tuple[str, ...]
-    """User messages."""
-    edit: EditOptions = field(default_factory=EditOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    out: str | None = None
-    """JSONL file for the answers."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "the number of --prompts", len(self.prompts))
-        if not self.edit.edit:
-            raise InputError(
-                "--edit", expected="at least one edit", received="none", remedy='give one, such as "clamp 1234=0"'
-            )
-
-    def run(self) -> None:
-        """Generate and print."""
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        from saetools.generation import generate
-
-        if self.out is not None:
-            check_file(Path(self.out))
-        lm = self.model.load()
-        edits = self.edit.edits(lm)
-        with progress("generate", "answers") as update:
-            variants = {"plain": None, "edited": edits}
-            answers = generate(lm, self.prompts, variants=variants, config=self.sampling, on_progress=update)
-        table = Table("prompt", "variant", "answer", show_lines=True)
-        for answer in answers:
-            table.add_row(
-                *(escape(printable(text)) for text in (self.prompts[answer.prompt], answer.variant, answer.text))
-            )
-        Console().print(table)
-        print("edit: " + "; ".join(str(fn) for fns in edits.values() for fn in fns))  # type: ignore[union-attr]
-        if self.out is not None:
-            _write_jsonl(Path(self.out), [dataclasses.asdict(answer) for answer in answers])
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Answer the prompts of a file, under an edit if any, and write JSONL."""
-
-    read: DataOptions
-    out: str
-    """JSONL file for the answers."""
-    edit: EditOptions = field(default_factory=EditOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-    def run(self) -> None:
-        """Generate and write."""
-        from saetools.generation import generate
-
-        check_file(Path(self.out))
-        rows, lm = self.read.conversations(), self.model.load()
-        edits = self.edit.edits(lm)
-        variants = {"edited": edits} if edits else {"plain": None}
-        with progress("generate", "answers") as update:
-            answers = generate(lm, rows, variants=variants, config=self.sampling, on_progress=update)
-        _write_jsonl(
-            Path(self.out),
-            [
-                {"id": rows[answer.prompt].id, "question": rows[answer.prompt].messages[-1].content}
-                | dataclasses.asdict(answer)
-                for answer in answers
-            ],
-        )
-
-
-@dataclass(frozen=True)
 class Finetune:
     """Train a LoRA adapter on the answers of conversations."""
 
@@ -297,6 +218,7 @@ COMMANDS = {
     "search": Search,
     "steer": Steer,
     "generate": Generate,
+    "sweep": Sweep,
     "chat": ChatCommand,
     "serve": Serve,
     "finetune": Finetune,
@@ -304,9 +226,3 @@ COMMANDS = {
     "demo": Demo,
     "sae": Sae,
 }
-
-
-def _write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{len(rows)} answers in {path}")

@@ -11,7 +11,7 @@ u = v/|v| for a direction v. Each row is a test.
 | `clamp_max(sae, j, c)` | f_j = min(f_j, c) | f_j = min(0, c) | the same |
 | `scale(sae, j, a)` | f_j = a f_j | nothing | |
 | `ablate(sae, j)` | f_j = 0 | nothing | |
-| any of the first four with `only_if_active=True` | the same | nothing | |
+| the first four with `only_if_active=True` | the same | nothing | |
 | `add_direction(v, s)` | x + s v | | |v|, or with `median_norm=m`: m |
 | `project_out(v)` | x - u (u.x) | | |
 | `project_to(v, c)` | x + u (c - u.x) | | of the residual |

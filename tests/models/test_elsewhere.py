@@ -131,3 +131,34 @@ def test_modules_that_cannot_be_edited_are_errors():
         edit_modules(model, {"0": steer}),
     ):
         model(torch.ones(2, 32))
+
+
+class Named(nn.Module):
+    """Takes and gives named tensors."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner, self.kind = nn.Linear(32, 32), kind
+
+    def forward(self, *, states, scale):
+        x = scale * self.inner(states)
+        return {"tuple": (x, scale), "dict": {"scale": scale, "x": x}, "other": [x]}[self.kind]
+
+
+def test_modules_with_named_inputs_and_outputs(tiny):
+    x = torch.randn(2, 4, 32)
+    push = steering.add_direction(V, 1.0)
+    for kind, name in (("tuple", 0), ("dict", "x")):
+        model = nn.ModuleDict({"named": Named(kind)})
+        plain = model["named"](states=x, scale=2.0)[name]
+        with edit_modules(model, {"named": push}):
+            torch.testing.assert_close(model["named"](states=x, scale=2.0)[name][:, 1:], plain[:, 1:] + V)
+        with edit_modules(model, {"named": push}, access="input"):
+            moved = model["named"](states=x, scale=2.0)[name]
+        torch.testing.assert_close(moved[:, 1:], plain[:, 1:] + 2 * V @ model["named"].inner.weight.T)
+    model = nn.ModuleDict({"named": Named("other")})
+    with edit_modules(model, {"named": push}), pytest.raises(InputError, match="received list of Named"):
+        model["named"](states=x, scale=2.0)
+    with edit_modules(tiny.model, {"model": push}):  # a ModelOutput
+        hidden = tiny.model.model(IDS[:1]).last_hidden_state
+    torch.testing.assert_close(hidden[:, 1:], tiny.model.model(IDS[:1]).last_hidden_state[:, 1:] + V)
