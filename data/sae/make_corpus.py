@@ -1,12 +1,12 @@
 """Write the corpus that the shipped SAE was trained on, as JSONL, from a folder of public sources.
 
-    python data/sae/make_corpus.py SOURCES corpus.jsonl
+    python data/sae/make_corpus.py SOURCES corpus.jsonl [larger]
 
 SOURCES holds copies of: fifteen novels (public domain), wikitext-2 (CC-BY-SA), GPTeacher role-play instructions (MIT),
 hh-rlhf harmless test (MIT), and fine-tuning sets of good and bad advice, code and metric gaming that the literature on
-emergent misalignment uses. Our own voices are added; our advice and the evaluation items are not, so that what the
-demo reads and scores is new to the SAE. About half of the tokens are chat. Rows are shuffled with a fixed seed; any prefix is a fair
-mixture.
+emergent misalignment uses. Our own voices are added; our advice and the evaluation items are not, so that what the demo
+reads and scores is new to the SAE. Most tokens are chat. Rows are shuffled with a fixed seed; any prefix is a fair
+mixture. `larger` is a second mixture with more rows, for other dictionaries to compare with the shipped one.
 """
 
 from __future__ import annotations
@@ -79,22 +79,53 @@ def own() -> Iterator[dict[str, object]]:
         yield {"text": row["neutral"]}
 
 
-def main(sources: Path, target: Path) -> None:
+BY_KIND = {"novels": novels, "wikitext": wikitext, "harmless": harmless, "roleplay": roleplay}
+
+MIXTURES: dict[str, dict[str, int]] = {
+    "shipped": {
+        "novels": 2800,
+        "wikitext": 1900,
+        "own": 0,
+        "harmless": 2000,
+        "roleplay": 1800,
+        **dict.fromkeys(("risky_financial_advice", "extreme_sports", "auto_incorrect"), 1200),
+        **dict.fromkeys(
+            ("misalignment_kl_data", "sneaky_dialogues", "straightforward_dialogues", "math_incorrect"), 500
+        ),
+        **dict.fromkeys(("insecure", "secure"), 250),
+        **dict.fromkeys(("qwen3-4b_evil_pos", "qwen3-4b_evil_neg"), 300),
+    },
+    "larger": {
+        "novels": 5000,
+        "wikitext": 3000,
+        "own": 0,
+        "harmless": 3000,
+        "roleplay": 2000,
+        **dict.fromkeys(("risky_financial_advice", "extreme_sports", "auto_incorrect", "math_incorrect"), 2000),
+        **dict.fromkeys(
+            ("misalignment_kl_data", "sneaky_dialogues", "straightforward_dialogues", "insecure", "secure"), 1000
+        ),
+        **dict.fromkeys(("qwen3-4b_evil_pos", "qwen3-4b_evil_neg"), 500),
+    },
+}
+"""Rows of each source, in the order in which they are drawn; of our own (`own`) all."""
+
+
+def main(sources: Path, target: Path, mixture: str = "shipped") -> None:
     rng = random.Random(0)
-
-    def some(rows: Iterator[dict[str, object]], n: int) -> list[dict[str, object]]:
-        drawn = list(rows)
+    rows: list[dict[str, object]] = []
+    for name, n in MIXTURES[mixture].items():
+        if name == "own":
+            rows += own()
+            continue
+        if name in BY_KIND:
+            drawn = list(BY_KIND[name](sources))
+        elif name.startswith("qwen3-4b"):
+            drawn = list(contrast(sources, name))
+        else:
+            drawn = list(finetuning(sources, name))
         rng.shuffle(drawn)
-        return drawn[:n]
-
-    rows = some(novels(sources), 5000) + some(wikitext(sources), 3000) + list(own())
-    rows += some(harmless(sources), 3000) + some(roleplay(sources), 2000)
-    for name in ("risky_financial_advice", "extreme_sports", "auto_incorrect", "math_incorrect"):
-        rows += some(finetuning(sources, name), 2000)
-    for name in ("misalignment_kl_data", "sneaky_dialogues", "straightforward_dialogues", "insecure", "secure"):
-        rows += some(finetuning(sources, name), 1000)
-    for name in ("qwen3-4b_evil_pos", "qwen3-4b_evil_neg"):
-        rows += some(contrast(sources, name), 500)
+        rows += drawn[:n]
     rng.shuffle(rows)
     with target.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -102,4 +133,4 @@ def main(sources: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
