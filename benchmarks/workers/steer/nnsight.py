@@ -10,16 +10,16 @@ from workers.turns import Turns, serve
 
 def work(turns: Turns) -> None:
     task = Task(turns.settings)
-    from nnsight import LanguageModel
+    from nnsight import TransformersModel
 
-    model = LanguageModel(task.model(), tokenizer=task.tokenizer())
+    model = TransformersModel(task.model(), tokenizer=task.tokenizer(), task="text-generation")
     layer, hook = model.model.layers[task.layer], Hook(task)
     options = task.options()
     with torch.inference_mode():
         for _ in turns.timed(task.items(), library="nnsight"):
-            with model.generate({"input_ids": task.token_ids, **options}) as tracer, tracer.all():
-                layer.output = hook(None, None, layer.output)
             with model.generate({"input_ids": task.token_ids, **options}) as tracer:
+                for _step in tracer.iter[: task.n_new]:
+                    layer.output = hook(None, None, layer.output)
                 out = tracer.result.save()
     turns.finish(**task.quality(out))
 
