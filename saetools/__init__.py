@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from saetools.persona import find_persona
     from saetools.rankings import Rankings, compare_rankings
     from saetools.readings import ChangeSplit, split_change
-    from saetools.report import PersonaReport, write_report
+    from saetools.report import PersonaReport, report_latents, write_latent_reports, write_report
     from saetools.sae import SAE, TrainConfig, load_sae, save_sae, train_sae
     from saetools.steer_export import bake_edits, export_control_vector
     from saetools.steered import steered_model
@@ -102,7 +102,7 @@ _HOMES = {
     "persona": ("find_persona",),
     "rankings": ("Rankings", "compare_rankings"),
     "readings": ("ChangeSplit", "split_change"),
-    "report": ("PersonaReport", "write_report"),
+    "report": ("PersonaReport", "report_latents", "write_latent_reports", "write_report"),
     "sae": ("SAE", "TrainConfig", "load_sae", "save_sae", "train_sae"),
     "steer_export": ("bake_edits", "export_control_vector"),
     "steered": ("steered_model",),
@@ -170,6 +170,7 @@ __all__ = [
     "promoted_tokens",
     "read",
     "read_conversations",
+    "report_latents",
     "save_sae",
     "score_forced_choice",
     "search_explanations",
@@ -185,6 +186,7 @@ __all__ = [
     "trace_checkpoints",
     "trace_scales",
     "train_sae",
+    "write_latent_reports",
     "write_report",
 ]
 

@@ -18,6 +18,7 @@ LAYERS = {
     "errors": 0,
     "room": 0,
     "stats": 0,
+    "histogram": 0,
     "significance": 0,
     "changes": 0,
     "onset": 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -21,6 +21,7 @@ from saetools.cli.options import (
 )
 from saetools.cli.output import check_folder, print_json
 from saetools.cli.persona_command import Persona
+from saetools.cli.report_command import Report
 from saetools.cli.sae_commands import Sae
 from saetools.cli.serve_command import Serve
 from saetools.cli.steer_commands import Generate, Steer, Sweep
@@ -163,26 +164,6 @@ class Finetune:
 
             finetune_lora(lm, rows, self.config, self.out, on_progress=show)
         print(f"adapter in {self.out}, trained on {report.n_conversations} conversations; {cuts(report)}")
-
-
-@dataclass(frozen=True)
-class Report:
-    """Draw a report again from its JSON."""
-
-    run_folder: Annotated[str, tyro.conf.Positional]
-    """Folder with report.json."""
-    formats: tuple[Literal["html", "json", "markdown"], ...] = ("html", "markdown")
-    """What to write."""
-    out: str | None = None
-    """Where; by default the same folder."""
-
-    def run(self) -> None:
-        """Read and write."""
-        from saetools.report import PersonaReport, write_report
-
-        report = PersonaReport.from_json(Path(self.run_folder) / "report.json")
-        for path in write_report(report, Path(self.out or self.run_folder), formats=self.formats).values():
-            print(path)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,16 @@ class Explanation:
             IntegrityError: if the file is no explanation.
         """
         return _parse(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Explanation:
+        """From its fields as plain values.
+
+        Raises:
+            KeyError, TypeError: if some are missing, or more than there are.
+        """
+        scores = {name: None if value[name] is None else Estimate(**value[name]) for name in ("detection", "fuzzing")}
+        return cls(**{**value, **scores, "failures": tuple(Failure(**one) for one in value["failures"])})
 
 
 def balanced_accuracy(right_positive: Sequence[bool], right_negative: Sequence[bool], *, seed: int = 0) -> Estimate:
@@ -158,10 +168,6 @@ def _parse_lines(raw: bytes, path: Path) -> dict[int, Explanation]:
 
 def _parse(raw: bytes, place: str) -> Explanation:
     try:
-        fields = json.loads(raw)
-        for name in ("detection", "fuzzing"):
-            fields[name] = None if fields[name] is None else Estimate(**fields[name])
-        fields["failures"] = tuple(Failure(**one) for one in fields["failures"])
-        return Explanation(**fields)
+        return Explanation.from_json(json.loads(raw))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"{place} is no explanation ({error!r}); take it away and explain again") from error

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saetools.data.roles import POSITIONS, select_positions
@@ -156,6 +156,30 @@ class LatentStore:
             coactive=tuple(self._coactive_latents(latent, model)),
             neighbours=tuple(self._neighbours(latent)),
         )
+
+    def activations(self, latent: int, *, model: str | None = None) -> Float[Tensor, " active"]:
+        """Activations of a latent on all tokens on which it is active, the one of the largest size first.
+
+        Args:
+            latent: which.
+            model: in which; by default the last one that was indexed.
+
+        Raises:
+            InputError: for a latent or a model that the store does not have.
+        """
+        return torch.from_numpy(from_bits(self._latents[self._checked(latent, model)].of(latent)[1]))
+
+    def active_latents(self, *, model: str | None = None) -> list[int]:
+        """The latents that are active on some token.
+
+        Args:
+            model: in which; by default the last one that was indexed.
+
+        Raises:
+            InputError: for a model that the store does not have.
+        """
+        starts = self._latents[self._checked(0, model)].latent_starts
+        return np.flatnonzero(np.diff(starts)).tolist()
 
     def inactive_passages(
         self, latent: int, n: int, *, model: str | None = None, context: int = 24, seed: int = 0

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from saetools.report.doses import group_doses
@@ -18,6 +15,7 @@ from saetools.report.figures import (
     score_figure,
     strength_figure,
 )
+from saetools.report.pages import asset, environment, policy_hash
 from saetools.report.tables import (
     INTERVALS,
     SECTIONS,
@@ -30,7 +28,6 @@ from saetools.report.tables import (
     score_table,
 )
 from saetools.report.value import PersonaReport
-from saetools.report.wording import visible
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -46,50 +43,44 @@ def render_html(report: PersonaReport) -> str:
         >>> page[:15]
         '<!doctype html>'
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader("saetools", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
-    assets = files("saetools.report")
-    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = map(asset, ("page.css", "page.js"))
     plotly = get_plotlyjs().replace("\r\n", "\n")
-    return environment.get_template("template.html.jinja").render(
-        report=report,
-        sections=SECTIONS,
-        intervals=INTERVALS,
-        warnings=WARNINGS,
-        scores=score_table(report),
-        scores_figure=_figure_json(score_figure(report)) if report.scores else None,
-        scores_summary=describe_scores(report.scores),
-        latents=latent_table(report),
-        latents_figure=_figure_json(latent_figure(report)) if report.top_latents else None,
-        latents_summary=describe_latents(report) if report.top_latents else "",
-        doses=[
-            {
-                "title": group.title,
-                "summary": group.summary(),
-                "latents": ", ".join(map(str, group.latents)),
-                "table": dose_table(group),
-                "by_strength": _figure_json(strength_figure(group)),
-                "by_perplexity": _figure_json(perplexity_figure(group)),
-            }
-            for group in group_doses(report)
-        ],
-        fidelity=fidelity_table(report),
-        sae_facts=sae_facts(report),
-        settings=facts_table("Settings", report.settings),
-        provenance=json.dumps(dict(report.provenance), indent=2, ensure_ascii=False),
-        style=Markup(style),
-        scripts=[Markup(plotly), Markup(script)],
-        script_hashes=[_policy_hash(plotly), _policy_hash(script)],
+    return str(
+        environment()
+        .get_template("template.html.jinja")
+        .render(
+            report=report,
+            sections=SECTIONS,
+            intervals=INTERVALS,
+            warnings=WARNINGS,
+            scores=score_table(report),
+            scores_figure=_figure_json(score_figure(report)) if report.scores else None,
+            scores_summary=describe_scores(report.scores),
+            latents=latent_table(report),
+            latents_figure=_figure_json(latent_figure(report)) if report.top_latents else None,
+            latents_summary=describe_latents(report) if report.top_latents else "",
+            doses=[
+                {
+                    "title": group.title,
+                    "summary": group.summary(),
+                    "latents": ", ".join(map(str, group.latents)),
+                    "table": dose_table(group),
+                    "by_strength": _figure_json(strength_figure(group)),
+                    "by_perplexity": _figure_json(perplexity_figure(group)),
+                }
+                for group in group_doses(report)
+            ],
+            fidelity=fidelity_table(report),
+            sae_facts=sae_facts(report),
+            settings=facts_table("Settings", report.settings),
+            provenance=json.dumps(dict(report.provenance), indent=2, ensure_ascii=False),
+            style=Markup(style),
+            scripts=[Markup(plotly), Markup(script)],
+            script_hashes=[policy_hash(plotly), policy_hash(script)],
+        )
     )
 
 
@@ -99,7 +90,3 @@ def _figure_json(figure: go.Figure) -> Any:
 
     text = figure.to_json(engine="json")
     return Markup(re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text))
-
-
-def _policy_hash(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -37,38 +37,38 @@ def render_markdown(report: PersonaReport) -> str:
 def _blocks(report: PersonaReport) -> Iterator[str]:
     yield f"# {escape_markdown(report.title)}"
     yield from _section("findings")
-    yield "\n".join(f"- {_line(finding)}" for finding in report.findings) or "None recorded."
+    yield "\n".join(f"- {markdown_line(finding)}" for finding in report.findings) or "None recorded."
     if report.warnings:
-        yield _line(WARNINGS)
-        yield "\n".join(f"- {_line(text)}" for text in report.warnings)
+        yield markdown_line(WARNINGS)
+        yield "\n".join(f"- {markdown_line(text)}" for text in report.warnings)
     yield from _section("behaviour")
-    yield _line(INTERVALS)
-    yield _table(score_table(report))
+    yield markdown_line(INTERVALS)
+    yield markdown_table(score_table(report))
     yield from _section("latents")
     if report.top_latents:
-        yield _line(describe_latents(report))
-    yield _table(latent_table(report))
+        yield markdown_line(describe_latents(report))
+    yield markdown_table(latent_table(report))
     yield from _section("doses")
     groups = group_doses(report)
     if not groups:
         yield "Not measured."
     for group in groups:
         yield f"### {escape_markdown(group.title)}"
-        yield _line(group.summary())
+        yield markdown_line(group.summary())
         yield f"Latents: {', '.join(map(str, group.latents))}."
-        yield _table(dose_table(group))
+        yield markdown_table(dose_table(group))
     yield from _section("answers")
     if not report.answers:
         yield "None sampled."
     for row in report.answers:
         yield f"### {escape_markdown(row.prompt)}"
         cells = tuple((Cell(variant), Cell(answer)) for variant, answer in row.answers.items())
-        yield _table(Table("Answers", (Column("variant", kind="text"), Column("answer", kind="text")), cells))
+        yield markdown_table(Table("Answers", (Column("variant", kind="text"), Column("answer", kind="text")), cells))
     yield from _section("sae")
-    yield _table(fidelity_table(report))
-    yield _table(sae_facts(report))
+    yield markdown_table(fidelity_table(report))
+    yield markdown_table(sae_facts(report))
     yield from _section("provenance")
-    yield _table(facts_table("Settings", report.settings))
+    yield markdown_table(facts_table("Settings", report.settings))
     provenance = visible(json.dumps(dict(report.provenance), indent=2, ensure_ascii=False))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", provenance)), default=0))
     yield f"{fence}json\n{provenance}\n{fence}"
@@ -78,10 +78,11 @@ def _section(anchor: str) -> Iterator[str]:
     section = SECTIONS[anchor]
     yield f"## {section.title}"
     if section.intro:
-        yield _line(section.intro)
+        yield markdown_line(section.intro)
 
 
-def _table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table with its caption and hints."""
     if not table.rows:
         return f"*{escape_markdown(table.caption)}: none.*"
     lines = [
@@ -91,7 +92,7 @@ def _table(table: Table) -> str:
     ]
     blocks = [f"*{escape_markdown(table.caption)}*", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     hints = [f"{column.name}: {column.hint}" for column in table.columns if column.hint]
-    return "\n\n".join([*blocks, _line("; ".join(hints))] if hints else blocks)
+    return "\n\n".join([*blocks, markdown_line("; ".join(hints))] if hints else blocks)
 
 
 def _cell(cell: Cell) -> str:
@@ -100,7 +101,7 @@ def _cell(cell: Cell) -> str:
     return escape_markdown(f"{cell.text} {cell.detail}" if cell.detail else cell.text)
 
 
-def _line(text: str) -> str:
+def markdown_line(text: str) -> str:
     """Text as a line of its own, which begins no heading, list or quotation."""
     return _OPENING.sub(r"\1\\\2", escape_markdown(text))
 

@@ -60,7 +60,8 @@ SECTIONS: Mapping[str, Section] = {
 }
 """The sections by their anchors, in the order of the page."""
 
-_NONE = "\u2013"
+NONE = "\u2013"
+"""What a cell without a value shows."""
 INTERVALS = "Intervals are 95 % bootstrap intervals over questions or conversations."
 WARNINGS = "Warnings: what speaks against trusting the comparison of latents."
 
@@ -130,7 +131,7 @@ def score_table(report: PersonaReport) -> Table:
                 _estimate_cell(row.score),
                 _estimate_cell(row.against_base, signed=True),
                 _standard_errors(row.against_base),
-                _count_cell(row.score.n),
+                count_cell(row.score.n),
             )
             for row in report.scores
         ),
@@ -161,14 +162,14 @@ def latent_table(report: PersonaReport) -> Table:
 def _latent_cells(row: LatentRow) -> tuple[Cell, ...]:
     return (
         Cell(str(row.latent), sort=row.latent),
-        _count_cell(row.rank),
-        _interval_cell(row.delta, row.low, row.high, signed=True),
-        Cell(_NONE) if row.delta_twin is None else Cell(number(row.delta_twin, signed=True), sort=row.delta_twin),
+        count_cell(row.rank),
+        interval_cell(row.delta, row.low, row.high, signed=True),
+        Cell(NONE) if row.delta_twin is None else Cell(number(row.delta_twin, signed=True), sort=row.delta_twin),
         Cell(number(row.effect, 2, signed=True), sort=row.effect),
         Cell(f"{number(row.mean_base)} \u2192 {number(row.mean_tuned)}", sort=row.mean_tuned),
         Cell(f"{percent(row.rate_base)} \u2192 {percent(row.rate_tuned)}", sort=row.rate_tuned),
-        _token_cell(row.promoted),
-        _token_cell(row.suppressed),
+        token_cell(row.promoted),
+        token_cell(row.suppressed),
     )
 
 
@@ -195,7 +196,7 @@ def dose_table(group: DoseGroup) -> Table:
                 _estimate_cell(row.against, signed=True),
                 Cell(number(row.perplexity, 2), sort=row.perplexity),
                 Cell(number(row.norm, 2), sort=row.norm),
-                _count_cell(row.n),
+                count_cell(row.n),
             )
             for row in group.rows
         ),
@@ -240,36 +241,39 @@ def _measured(sae: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _measure_cell(key: str, values: Mapping[str, Any]) -> Cell:
     value, low, high = (values.get(name) for name in (key, f"{key}_low", f"{key}_high"))
     if value is None:
-        return Cell(_NONE)
+        return Cell(NONE)
     if low is not None and high is not None:
-        return _interval_cell(value, low, high)
+        return interval_cell(value, low, high)
     if key in ("dead", "dense"):
         return Cell(percent(value), sort=value)
     if key.startswith("n_"):
-        return _count_cell(value)
+        return count_cell(value)
     return Cell(number(float(value), 1 if key == "l0" else 3), sort=value)
 
 
 def _standard_errors(difference: Estimate | None) -> Cell:
     if difference is None or not difference.se:
-        return Cell(_NONE)
+        return Cell(NONE)
     value = difference.mean / difference.se
     return Cell(number(value, 1, signed=True), sort=value)
 
 
 def _estimate_cell(value: Estimate | None, *, signed: bool = False) -> Cell:
     if value is None:
-        return Cell(_NONE)
-    return _interval_cell(value.mean, value.low, value.high, signed=signed)
+        return Cell(NONE)
+    return interval_cell(value.mean, value.low, value.high, signed=signed)
 
 
-def _interval_cell(mean: float, low: float | None, high: float | None, *, signed: bool = False) -> Cell:
+def interval_cell(mean: float, low: float | None, high: float | None, *, signed: bool = False) -> Cell:
+    """A mean with its interval."""
     return Cell(*interval(mean, low, high, signed=signed), sort=mean)
 
 
-def _count_cell(value: int) -> Cell:
+def count_cell(value: int) -> Cell:
+    """A whole number."""
     return Cell(f"{value:,}", sort=value)
 
 
-def _token_cell(tokens: Sequence[str]) -> Cell:
+def token_cell(tokens: Sequence[str]) -> Cell:
+    """Tokens, their white space shown."""
     return Cell(tokens=tuple(map(token, tokens)))

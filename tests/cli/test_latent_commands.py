@@ -1,4 +1,4 @@
-"""diff, certify, index, explain, search: one chain on the real model, as a user would type it."""
+"""diff, certify, index, explain, search, report: one chain on the real model, as a user would type it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from fake_endpoint import fake_server
 
@@ -15,6 +16,7 @@ from saetools.cli import main
 from saetools.data import load_free_form, load_voices, shipped_path
 from saetools.latent_diff import LatentDiff
 from saetools.latents import LatentStore
+from saetools.report import read_latent_reports
 from saetools.sae import load_sae, save_sae
 
 ADAPTER = str(shipped_path("adapters/organism"))
@@ -189,6 +191,28 @@ def test_a_full_fine_tune_is_indexed(folder: Path, capsys: pytest.CaptureFixture
     main(["index", "--tuned", "smollm2-135m", "--data", str(folder / "voices.jsonl"), "--limit", "2", "--out", out])
     assert "read by base, tuned, in" in capsys.readouterr().out
     assert LatentStore(out).models == ("base", "tuned")
+
+
+def test_latents_are_reported(diffed: Path, indexed: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "reported"
+    sources = ["--store", str(indexed), "--diff", str(diffed)]
+    main(["report", *sources, "--n-top", "3", "--out", str(out), "--format", "html", "json", "neuronpedia"])
+    told = [Path(line) for line in capsys.readouterr().out.split()]
+    assert told == [out / "index.html", out / "latents.jsonl", out / "neuronpedia" / "batch-0.json"]
+    found = list(read_latent_reports(out / "latents.jsonl"))
+    rising = LatentDiff.load(diffed).at("prompt").top(3)["latent"].to_list()
+    assert [one.latent for one in found] == rising
+    assert rising[0] == 6400
+    assert [row["positions"] for row in found[0].changes] == ["prompt", "header"]
+    assert found[0].rate("tuned") > found[0].rate("base") > 0
+    assert found[0].tokens is not None
+    (batch,) = (json.loads(told[2].read_text(encoding="utf-8")),)
+    assert (batch["model_id"], batch["layer"]) == ("smollm2-135m", 17)
+    assert sum(file.stat().st_size for file in out.glob("*.html")) < 2_000_000
+    every = ["report", "--store", str(indexed), "--every", "--format", "parquet", "--out", str(folder / "every")]
+    main(every)
+    frame = pl.read_parquet(folder / "every" / "latents.parquet")
+    assert frame["latent"].to_list() == LatentStore(indexed).active_latents()
 
 
 @pytest.mark.filterwarnings("ignore:of 1 latents")  # it explains nothing
