@@ -11,10 +11,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -27,6 +28,7 @@ from saetools.models.editing import Edits
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer, locate
 
+T = TypeVar("T")
 Reason = Literal["stop", "length"]
 _UNKNOWN = "\ufffd"  # of bytes that are no whole character yet
 _STEPS = 8  # tokens that one model makes before the next has its turn
@@ -180,7 +182,7 @@ class Engine:
             )
         self.models = dict(models)
         self._max_rows, self._max_waiting = max_rows, max_waiting
-        self._inbox: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Answer | Callable[[], None] | None] = queue.SimpleQueue()
         self._open = threading.Lock()
         self._closed = False
         self._waiting: list[_Answer] = []
@@ -218,6 +220,32 @@ class Engine:
                 raise BusyError(f"{self._max_waiting} requests wait already; try again later")
             self._inbox.put(_Answer(request, row, stream, Growing(lm.tokenizer, request.stop)))
         return stream
+
+    def between(self, work: Callable[[], T]) -> T:
+        """Do something else with the models, on the engine's thread, between two tokens of the answers.
+
+        Args:
+            work: what to do; what it raises is raised here.
+
+        Returns:
+            What it gives.
+
+        Raises:
+            RuntimeError: if the engine is closed.
+        """
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # whoever waits has to be told
+                done.set_exception(error)
+
+        with self._open:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            self._inbox.put(run)
+        return done.result()
 
     def model(self, name: str) -> LanguageModel:
         """One of the models.
@@ -271,8 +299,11 @@ class Engine:
         with self._open:
             self._closed = True
         while not self._inbox.empty():
-            if (answer := self._inbox.get()) is not None:
-                self._waiting.append(answer)
+            received = self._inbox.get()
+            if isinstance(received, _Answer):
+                self._waiting.append(received)
+            elif received is not None:
+                received()
         for answer in (*self._waiting, *(one for some in self._running.values() for one in some)):
             answer.stream.tell(reason)
 
@@ -281,11 +312,14 @@ class Engine:
         idle = not self._waiting and not any(self._running.values())
         with suppress(queue.Empty):
             while True:
-                answer = self._inbox.get(block=idle)
-                if answer is None:
+                received = self._inbox.get(block=idle)
+                if received is None:
                     return False
-                self._waiting.append(answer)
-                idle = False
+                if isinstance(received, _Answer):
+                    self._waiting.append(received)
+                    idle = False
+                else:
+                    received()
         return True
 
     def _admit(self) -> None:

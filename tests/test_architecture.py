@@ -78,6 +78,7 @@ LAYERS = {
     "cli": 7,
     "serve": 7,
     "chat": 7,
+    "explore": 7,
 }
 
 

@@ -284,3 +284,18 @@ def test_a_cancelled_stream_ends():
     stream.cancel()
     assert [piece.text for piece in stream] == ["a"]
     assert stream.is_cancelled
+
+
+def test_something_else_runs_between_tokens(lm):
+    """On the engine's thread, while answers go on; what it raises is raised where it was asked for."""
+    with engine_of(lm) as engine:
+        expected = engine.submit(request(0, model="base", max_new_tokens=40)).text()
+        stream = engine.submit(request(0, model="base", max_new_tokens=40))
+        pieces = [next(iter(stream)).text]
+        assert engine.between(lambda: threading.current_thread().name) == "saetools-engine"
+        with pytest.raises(ZeroDivisionError):
+            engine.between(lambda: 1 / 0)
+        pieces += [piece.text for piece in stream]
+        assert "".join(pieces) == expected
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.between(lambda: None)

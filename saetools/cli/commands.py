@@ -10,6 +10,7 @@ import tyro
 
 from saetools.cli.certify_command import Certify
 from saetools.cli.chat_command import ChatCommand
+from saetools.cli.explore_command import Explore
 from saetools.cli.latent_commands import Explain, Index, Search
 from saetools.cli.options import (
     DataOptions,
@@ -202,6 +203,7 @@ COMMANDS = {
     "sweep": Sweep,
     "chat": ChatCommand,
     "serve": Serve,
+    "explore": Explore,
     "finetune": Finetune,
     "report": Report,
     "demo": Demo,

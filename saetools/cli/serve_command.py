@@ -38,7 +38,7 @@ class Serve:
         at_least(1, "--max-new-tokens", self.max_new_tokens)
         if not 0 <= self.port < 65536:
             raise InputError("--port", expected="0 to 65535", received=self.port, remedy="pick another")
-        if not _is_loopback(self.host) and not os.environ.get(TOKEN_VARIABLE):
+        if not is_loopback(self.host) and not os.environ.get(TOKEN_VARIABLE):
             raise InputError(
                 "--host",
                 expected=f"this machine, such as 127.0.0.1, or a key in {TOKEN_VARIABLE}",
@@ -54,7 +54,7 @@ class Serve:
 
         models = self._models()
         token = os.environ.get(TOKEN_VARIABLE) or None
-        everywhere = ("*",) if token is not None and not _is_loopback(self.host) else ()  # the key says who may ask
+        everywhere = ("*",) if token is not None and not is_loopback(self.host) else ()  # the key says who may ask
         config = ServerConfig(
             (*LOOPBACK, *self.allowed_host, *everywhere), token, self.max_rows, max_new_tokens=self.max_new_tokens
         )
@@ -77,7 +77,8 @@ class Serve:
         return {base.name: base, **voices}
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

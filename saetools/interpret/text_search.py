@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +10,7 @@ import torch
 
 from saetools.activations.stream import stream_activations
 from saetools.data.conversation import Conversation
+from saetools.data.roles import select_positions
 from saetools.data.tokenizing import tokenize
 from saetools.errors import InputError
 from saetools.models.language_model import LanguageModel
@@ -121,3 +122,26 @@ def search_text(
     )
     tokens = tuple(first.tokenizer.decode([token]) for token in block.token_ids.tolist())
     return TextSearch(tokens, hits, len(active))
+
+
+@torch.inference_mode()
+def acts_on(
+    lm: LanguageModel, sae: SAE, conversation: Conversation, latents: Sequence[int], *, site: Site | None = None
+) -> list[tuple[str, float]]:
+    """The tokens of a conversation's final answer, and the sum of some latents' activations on each.
+
+    Args:
+        lm: the model that reads it.
+        sae: whose latents.
+        conversation: ends with an answer.
+        latents: which.
+        site: where the SAE reads; by default what its metadata says.
+    """
+    (tokenized,) = tokenize([conversation], lm.tokenizer)
+    (block,) = stream_activations(lm, [site or sae_site(sae)], [tokenized])
+    (acts,) = block.acts.values()
+    answer = select_positions(block.roles, "response")
+    chosen = torch.tensor(list(latents), device=sae.W_dec.device)
+    total = sae.encode(acts[answer].to(sae.W_dec.device)).of(chosen).float().sum(1).tolist()
+    tokens = block.token_ids[answer].tolist()
+    return [(str(lm.tokenizer.decode([token])), act) for token, act in zip(tokens, total, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ def render_index(table: Table, *, title: str, places: Mapping[str, str], intro: 
 
 def _shown(report: LatentReport) -> dict[str, Any]:
     record = report.record
-    most = max([record.max, *(max(acts, default=0.0) for one in record.top for acts in one.acts.values())])
+    most = strongest(report)
     histograms = {model: one for model, one in report.histograms.items() if sum(one.counts)}
     tables = (change_table, certificate_table, token_table)
     more = (activity_table, document_table, coactive_table, neighbour_table)
@@ -125,16 +125,36 @@ def _marked(passage: Passage, model: str, most: float) -> Markup:
     """The passage, each active token shaded by its activation, which shows when the pointer rests on it."""
     from markupsafe import Markup
 
-    parts = []
-    for place, (token, act) in enumerate(zip(passage.tokens, passage.acts[model], strict=True)):
+    parts: list[str] = []
+    for token, act, level in shaded(passage, model, most):
         text = _escaped(token)
-        if act == 0:
-            parts.append(text)
-            continue
-        level = max(1, min(_LEVELS, round(_LEVELS * abs(act) / most))) if most else 1
-        peak = " peak" if place == passage.peak else ""
-        parts.append(f'<mark class="a{level}{peak}" title="{number(act, 2)}">{text}</mark>')
+        peak = " peak" if len(parts) == passage.peak else ""
+        parts.append(f'<mark class="a{level}{peak}" title="{number(act, 2)}">{text}</mark>' if level else text)
     return Markup("".join(parts))
+
+
+def shaded(passage: Passage, model: str, most: float) -> Iterator[tuple[str, float, int]]:
+    """Each token with its activation and a level of colour from 1 to 9, or 0 where the latent is not active.
+
+    Args:
+        passage: the tokens.
+        model: by whose activations.
+        most: the activation that gets the strongest colour.
+    """
+    for token, act in zip(passage.tokens, passage.acts[model], strict=True):
+        yield token, act, level_of(act, most)
+
+
+def level_of(act: float, most: float) -> int:
+    """The level of colour of an activation, from 1 to 9; 0 for none."""
+    return max(1, min(_LEVELS, round(_LEVELS * abs(act) / most))) if act and most else 0
+
+
+def strongest(report: LatentReport) -> float:
+    """The largest activation in a latent's passages: it gets the strongest colour."""
+    return max(
+        [report.record.max, *(max(acts, default=0.0) for one in report.record.top for acts in one.acts.values())]
+    )
 
 
 @lru_cache(maxsize=65536)

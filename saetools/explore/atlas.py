@@ -1,0 +1,70 @@
+"""The map of decoder rows: near each other in the plane where their directions share what varies most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dash import dcc, html
+from jaxtyping import Float
+from torch import Tensor
+
+from saetools.explore.overview import styled
+from saetools.explore.page import Component, choice, heading
+from saetools.explore.workspace import Workspace
+
+_COLOURS = {"change": "delta", "density": "rate_base", "label": "label"}
+
+
+def layout(workspace: Workspace, role: str | None) -> list[Component]:
+    """The page."""
+    if workspace.sae is None:
+        return [*heading("Map"), html.P("The map needs the SAE: start the explorer with models.")]
+    options = [name for name, column in _COLOURS.items() if column in workspace.rows(role).columns]
+    return [
+        *heading("Map", "Decoder rows by their first two principal components. Click a dot to open its latent."),
+        choice("colour", "Colour by", options, options[0]),
+        dcc.Loading(dcc.Graph(id="map", className="plot", config={"displaylogo": False, "scrollZoom": True})),
+    ]
+
+
+def principal_components(rows: Float[Tensor, "latent d_model"]) -> Float[Tensor, "latent 2"]:
+    """The first two of unit rows, by an exact decomposition of their covariance."""
+    unit = torch.nn.functional.normalize(rows.float(), dim=1)
+    centred = unit - unit.mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    places: Tensor = centred @ vectors[:, -2:].flip(1)
+    return places
+
+
+def figure(workspace: Workspace, places: Float[Tensor, "latent 2"], role: str | None, colour: str) -> Any:
+    """The map, coloured by change, density, or whether there is a label."""
+    import plotly.graph_objects as go
+
+    rows = workspace.rows(role).sort("latent")
+    column = _COLOURS[colour]
+    values = [float(bool(text)) for text in rows["label"]] if column == "label" else rows[column].to_list()
+    most = sorted(map(abs, values))[int(0.995 * (len(values) - 1))] or 1.0  # a few large ones would hide the rest
+    names = [
+        f"latent {latent}" + (f": {label}" if label else "") for latent, label in rows[["latent", "label"]].iter_rows()
+    ]
+    dots = go.Scattergl(
+        x=places[:, 0].tolist(),
+        y=places[:, 1].tolist(),
+        customdata=rows["latent"].to_list(),
+        mode="markers",
+        text=[name.replace("<", "&lt;") for name in names],
+        hovertemplate="%{text}<br>" + colour + " %{marker.color:.3f}<extra></extra>",
+        marker={
+            "size": 5,
+            "opacity": 0.7,
+            "color": values,
+            "colorscale": "RdBu_r" if colour == "change" else "Viridis",
+            "cmin": -most if colour == "change" else 0,
+            "cmax": most,
+            "colorbar": {"title": colour},
+        },
+    )
+    drawn = styled(go.Figure(dots), height=620)
+    drawn.update_layout(xaxis_title="first component", yaxis_title="second component")
+    return drawn

@@ -1,0 +1,106 @@
+"""A run on the real model, a server process that shows it, and Chromium to look at it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saetools.cli import main
+from saetools.data import load_free_form, load_voices, shipped_path
+
+ADAPTER = f"organism={shipped_path('adapters/organism')}"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a diff, a latent store and explanations."""
+    out = tmp_path_factory.mktemp("explored") / "run"
+    out.mkdir()
+    rows = [{"id": item.id, "prompt": item.question} for item in load_free_form()[:12]]
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts = [{"id": pair.id, "text": pair.voiced} for pair in load_voices()[:8]]
+    (out / "voices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    explained = {"latent": 6400, "text": "<b>advice</b> that \u202eharms", "model": "m", "detection": None}
+    explained |= {"fuzzing": None, "n": 4, "failures": [], "provenance": {}}
+    (out / "explanations.jsonl").write_text(json.dumps(explained) + "\n", encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = [str(out / "prompts.jsonl")]
+        main(["diff", "--adapter", ADAPTER, "--data", *data, "--out", str(out / "diff"), "--min-active", "5"])
+        main(["index", "--adapter", ADAPTER, "--data", *data, str(out / "voices.jsonl"), "--out", str(out / "store")])
+    return out
+
+
+def start(folder: Path, *options: str, token: str | None = None) -> tuple[subprocess.Popen[str], str]:
+    """A server process, and where it is."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if token is None else {"SAETOOLS_TOKEN": token})
+    command = [sys.executable, "-m", "saetools", "explore", str(folder), "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert process.stdout is not None
+    told = ""
+    for line in process.stdout:
+        told += line
+        if found := re.search(r"at (http://\S+)", line):
+            return process, found[1]
+    stop(process)
+    raise AssertionError(told)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a server."""
+    process.terminate()
+    process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def address(run_folder: Path) -> Iterator[str]:
+    """Of the server."""
+    process, address = start(run_folder, "--adapter", ADAPTER)
+    yield address.rstrip("/")
+    stop(process)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine; Debian has it as the package chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Seen:
+    """What a page complains of."""
+
+    def __init__(self, page: Any) -> None:
+        self.errors: list[str] = []
+        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("dialog", lambda dialog: self.errors.append("a dialog") or dialog.dismiss())
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A tab with no memory of others; it may complain of nothing."""
+    context = browser.new_context(accept_downloads=True)
+    tab = context.new_page()
+    tab.set_default_timeout(30_000)
+    seen = Seen(tab)
+    yield tab
+    context.close()
+    assert seen.errors == []
