@@ -1,4 +1,4 @@
-"""The README's Python snippets run, in order, in one namespace and on the shipped assets."""
+"""The Python snippets of README and recipes run, each file's in order, in one namespace and on the shipped assets."""
 
 import re
 from pathlib import Path
@@ -8,20 +8,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_readme_snippets_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.filterwarnings("ignore:.*of 8 conversations")  # of the recipes' few
+@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])
+def test_snippets_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert snippets
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), namespace)
+        exec(compile(snippet, name, "exec"), namespace)
 
 
-def test_readme_names_commands_that_exist() -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])
+def test_named_commands_exist(name: str) -> None:
     from saetools.cli.commands import COMMANDS
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^saetools (\w+)", text, flags=re.MULTILINE))
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = set(re.findall(r"^saetools (\w+)|`saetools (\w+)", text, flags=re.MULTILINE))
+    named = {word for pair in named for word in pair if word}
     assert named
     assert named <= set(COMMANDS)

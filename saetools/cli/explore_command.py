@@ -63,7 +63,8 @@ class Explore:
         token = os.environ.get(TOKEN_VARIABLE) or None
         listening = socket.create_server((self.host, self.port))
         port = listening.getsockname()[1]
-        app = make_app(workspace, hosts=(*LOOPBACK, self.host, *self.allowed_host), token=token)
+        everywhere = ("*",) if token is not None and not is_loopback(self.host) else ()  # the token says who may look
+        app = make_app(workspace, hosts=(*LOOPBACK, self.host, *self.allowed_host, *everywhere), token=token)
         name = f"[{self.host}]" if ":" in self.host else self.host
         print(
             f"exploring {self.run_folder} at http://{name}:{port}/" + (f"?token={token}" if token else ""), flush=True

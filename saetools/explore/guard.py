@@ -23,6 +23,7 @@ def protect(server: Any, *, hosts: Sequence[str], token: str | None) -> None:
     Args:
         server: the Flask application.
         hosts: names by which it is called, without ports; a page that was rebound to this address calls it by another.
+            `*` lets all names pass, where a token says who may look.
         token: what `?token=` has to say once, and a cookie from then on; `None` asks for none.
     """
     from flask import Response, redirect, request
@@ -32,13 +33,14 @@ def protect(server: Any, *, hosts: Sequence[str], token: str | None) -> None:
     @server.before_request  # type: ignore[untyped-decorator]
     def check() -> Any:
         origin = urlsplit(request.headers.get("Origin", "")).hostname
-        if urlsplit(f"//{request.host}").hostname not in known or (origin is not None and origin not in known):
+        names = {urlsplit(f"//{request.host}").hostname, *([] if origin is None else [origin])}
+        if "*" not in known and not names <= known:
             return Response("this address is called by another name", 403)
         if token is None:
             return None
         given = request.args.get("token")
         if given is not None and secrets.compare_digest(given.encode(), token.encode()):
-            answer = redirect(request.path)
+            answer = redirect("/")
             answer.set_cookie(_COOKIE, token, httponly=True, samesite="Strict")
             return answer
         if not secrets.compare_digest(request.cookies.get(_COOKIE, "").encode(), token.encode()):

@@ -122,6 +122,7 @@ class Workspace:
         explanations = [] if of.explanations is None else load_explanations(of.explanations)
         self.explanations: dict[int, Explanation] = {one.latent: one for one in explanations}
         self.labels = Labels(of.run / "labels.json")
+        self._tables: dict[str | None, pl.DataFrame] = {}
         self._latent = lru_cache(maxsize=_KEPT)(self._opened)
 
     @cached_property
@@ -171,9 +172,8 @@ class Workspace:
     def _rows(self, role: str | None) -> pl.DataFrame:
         import polars as pl
 
-        cache: dict[str | None, pl.DataFrame] = self.__dict__.setdefault("_tables", {})
-        if role in cache:
-            return cache[role]
+        if role in self._tables:
+            return self._tables[role]
         if self.diff is not None:
             table = self.diff.at(role or self.roles[0]).table.drop("positions")  # type: ignore[arg-type]
         elif self.store is not None:
@@ -186,11 +186,11 @@ class Workspace:
             alone = (one for one in self.certification.certificates if len(one.candidate.latents) == 1)
             verdicts = {one.candidate.latents[0]: one.verdict for one in alone}
         texts = {latent: one.text for latent, one in self.explanations.items()}
-        cache[role] = table.with_columns(
+        self._tables[role] = table.with_columns(
             pl.Series("verdict", [verdicts.get(latent) for latent in table["latent"]], dtype=pl.String),
             pl.Series("explanation", [texts.get(latent) for latent in table["latent"]], dtype=pl.String),
         )
-        return cache[role]
+        return self._tables[role]
 
     def latent(self, latent: int) -> LatentReport | None:
         """All that is known of a latent; `None` without a store.
