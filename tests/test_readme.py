@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.filterwarnings("ignore:.*of 8 conversations")  # of the recipes' few
 @pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])
 def test_snippets_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
