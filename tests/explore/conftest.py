@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from explorer_process import ADAPTER, Seen, start, stop
 
 from saetools.cli import main
-from saetools.data import load_free_form, load_voices, shipped_path
+from saetools.data import load_free_form, load_voices
 
-ADAPTER = f"organism={shipped_path('adapters/organism')}"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -42,27 +38,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def start(folder: Path, *options: str, token: str | None = None) -> tuple[subprocess.Popen[str], str]:
-    """A server process, and where it is."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if token is None else {"SAETOOLS_TOKEN": token})
-    command = [sys.executable, "-m", "saetools", "explore", str(folder), "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    assert process.stdout is not None
-    told = ""
-    for line in process.stdout:
-        told += line
-        if found := re.search(r"at (http://\S+)", line):
-            return process, found[1]
-    stop(process)
-    raise AssertionError(told)
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    """End a server."""
-    process.terminate()
-    process.communicate(timeout=30)
-
-
 @pytest.fixture(scope="session")
 def address(run_folder: Path) -> Iterator[str]:
     """Of the server."""
@@ -82,16 +57,6 @@ def browser() -> Iterator[Any]:
         chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
-
-
-class Seen:
-    """What a page complains of."""
-
-    def __init__(self, page: Any) -> None:
-        self.errors: list[str] = []
-        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("dialog", lambda dialog: self.errors.append("a dialog") or dialog.dismiss())
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import Seen
+from explorer_process import Seen
 
 from saetools import load_sae, shipped_path, steer
 from saetools.explore import Label, Labels

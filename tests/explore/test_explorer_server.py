@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import start, stop
+from explorer_process import start, stop
 
 from saetools.cli import main
 from saetools.errors import InputError, IntegrityError
