@@ -19,6 +19,7 @@ LAYERS = {
     "room": 0,
     "stats": 0,
     "histogram": 0,
+    "loopback": 0,
     "significance": 0,
     "changes": 0,
     "onset": 0,

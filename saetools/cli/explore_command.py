@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from saetools.cli.listening import check_listening, in_address, names_of, token
 from saetools.cli.options import PairOptions, SAEOptions
-from saetools.cli.serve_command import TOKEN_VARIABLE, is_loopback
 from saetools.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,15 +37,7 @@ class Explore:
     """Further names by which browsers may call the server, such as that of a proxy."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise InputError("--port", expected="0 to 65535", received=self.port, remedy="pick another")
-        if not is_loopback(self.host) and not os.environ.get(TOKEN_VARIABLE):
-            raise InputError(
-                "--host",
-                expected=f"this machine, such as 127.0.0.1, or a token in {TOKEN_VARIABLE}",
-                received=f"{self.host} without a token",
-                remedy=f"set {TOKEN_VARIABLE}: whoever reaches the address can use the model",
-            )
+        check_listening(self.host, self.port, secret="token")
 
     def run(self) -> None:
         """Open the run, listen, serve until interrupted."""
@@ -57,18 +48,14 @@ class Explore:
             raise InputError(
                 "saetools explore", expected="dash", received="none", remedy="pip install 'saetools[explore]'"
             ) from error
-        from saetools.explore.app import LOOPBACK, make_app, serve
+        from saetools.explore.app import make_app, serve
 
         workspace = self._workspace()
-        token = os.environ.get(TOKEN_VARIABLE) or None
         listening = socket.create_server((self.host, self.port))
-        port = listening.getsockname()[1]
-        everywhere = ("*",) if token is not None and not is_loopback(self.host) else ()  # the token says who may look
-        app = make_app(workspace, hosts=(*LOOPBACK, self.host, *self.allowed_host, *everywhere), token=token)
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        print(
-            f"exploring {self.run_folder} at http://{name}:{port}/" + (f"?token={token}" if token else ""), flush=True
-        )
+        port, key = listening.getsockname()[1], token()
+        app = make_app(workspace, hosts=(self.host, *names_of(self.host, self.allowed_host)), token=key)
+        place = f"http://{in_address(self.host)}:{port}/" + (f"?token={key}" if key else "")
+        print(f"exploring {self.run_folder} at {place}", flush=True)
         try:
             serve(app, listening)
         finally:

@@ -18,11 +18,11 @@ from saetools.explore.guard import protect
 from saetools.explore.labels import Label
 from saetools.explore.page import Component, aria, choices, failed, heading
 from saetools.explore.workspace import Workspace
+from saetools.loopback import LOOPBACK
 from saetools.report.pages import asset
 from saetools.report.wording import visible
 
 _PAGES = {"/": "Overview", "/latents": "Latents", "/map": "Map", "/playground": "Playground"}
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _INDEX = """<!doctype html>
 <html lang="en">
 <head>
@@ -113,7 +113,7 @@ def make_app(workspace: Workspace, *, hosts: Sequence[str] = LOOPBACK, token: st
         ]
     )
     _route(app, explorer)
-    _on_overview(app)
+    _on_dots(app)
     _on_latents(app, explorer)
     _on_latent(app, explorer)
     _on_map(app, explorer)
@@ -143,8 +143,9 @@ def _route(app: Dash, explorer: Explorer) -> None:
     )
 
 
-def _on_overview(app: Dash) -> None:
-    for name in ("volcano", "ranks"):
+def _on_dots(app: Dash) -> None:
+    """A click on a dot of a figure opens its latent."""
+    for name in ("volcano", "ranks", "map"):
         _in_browser(
             app,
             ClientsideFunction("saetools", "open"),
@@ -229,14 +230,6 @@ def _on_map(app: Dash, explorer: Explorer) -> None:
     @app.callback(Output("map", "figure"), Input("colour", "data"))
     def figure(colour: str) -> Any:
         return atlas.figure(explorer.workspace, explorer.places, explorer.role, colour)
-
-    _in_browser(
-        app,
-        ClientsideFunction("saetools", "open"),
-        Output("address", "href", allow_duplicate=True),
-        Input("map", "clickData"),
-        prevent_initial_call=True,
-    )
 
 
 def _on_playground(app: Dash, explorer: Explorer) -> None:

@@ -10,17 +10,7 @@ from saetools.explore.page import Component, aria, heading, passages, table
 from saetools.explore.workspace import Workspace
 from saetools.report.latent_html import strongest
 from saetools.report.latent_report import LatentReport
-from saetools.report.latent_tables import (
-    activity_table,
-    certificate_table,
-    change_table,
-    coactive_table,
-    document_table,
-    explained,
-    headline,
-    neighbour_table,
-    token_table,
-)
+from saetools.report.latent_tables import change_table, context_tables, explained, headline, main_tables
 from saetools.report.wording import visible
 
 _COLOURS = ("#2563a8", "#c2410c", "#4d7c0f")
@@ -66,8 +56,7 @@ def layout(workspace: Workspace, latent: int) -> list[Component]:
     parts.append(html.P(headline(report)))
     if figure := _histograms(report):
         parts.append(dcc.Graph(id="sizes", figure=figure, className="plot", config={"displaylogo": False}))
-    first = [make(report) for make in (change_table, certificate_table, token_table)]
-    parts += [table(found, link=_LINK) for found in first if found.rows]
+    parts += [table(found, link=_LINK) for found in main_tables(report)]
     if report.certificate is not None and workspace.certification is not None:
         parts += _doses(workspace, str(report.certificate["candidate"]))
     models, most = report.models, strongest(report)
@@ -77,9 +66,8 @@ def layout(workspace: Workspace, latent: int) -> list[Component]:
         if one.passages:
             title = f"{100 * one.low:.0f} to {100 * one.high:.0f} % of its active tokens, from weak to strong"
             parts.append(html.Details([html.Summary(title), passages(one.passages, models, most)]))
-    rest = [make(report) for make in (activity_table, document_table, coactive_table, neighbour_table)]
     parts.append(html.H2("Where it fires, and its neighbours"))
-    return [*parts, *(table(found, link=_LINK) for found in rest if found.rows)]
+    return [*parts, *(table(found, link=_LINK) for found in context_tables(report))]
 
 
 def _changes(workspace: Workspace, latent: int) -> list[Component]:

@@ -9,6 +9,7 @@ from dash import dcc, html
 from saetools.explore.page import Component, aria, choice, heading, marked
 from saetools.explore.workspace import Workspace
 from saetools.interpret.text_search import TextHit, TextSearch
+from saetools.report.latent_html import level_of
 from saetools.report.tables import Column, Table
 from saetools.report.wording import number
 
@@ -143,7 +144,5 @@ def hits(found: TextSearch) -> list[Component]:
 
 def _shaded(tokens: tuple[str, ...], hit: TextHit) -> list[tuple[str, float, int]]:
     acts = hit.acts[list(hit.acts)[-1]]
-    most = max(map(abs, acts), default=0.0) or 1.0
-    return [
-        (token, act, max(1, round(9 * abs(act) / most)) if act else 0) for token, act in zip(tokens, acts, strict=True)
-    ]
+    most = max(map(abs, acts), default=0.0)
+    return [(token, act, level_of(act, most)) for token, act in zip(tokens, acts, strict=True)]

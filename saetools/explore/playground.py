@@ -323,7 +323,8 @@ def saved(workspace: Workspace, kind: str, text: str | None, model: str) -> dict
     Raises:
         InputError: without edits, or for a control vector of edits that are none.
     """
-    written = [repr(one) for each in parsed(workspace, text).values() for one in each]
+    edits = parsed(workspace, text)
+    written = [repr(one) for each in edits.values() for one in each]
     if not written:
         raise InputError("edits", expected="at least one", received="none", remedy="add one")
     if kind == "save-json":
@@ -339,7 +340,7 @@ def saved(workspace: Workspace, kind: str, text: str | None, model: str) -> dict
         return {"content": "\n".join(code) + "\n", "filename": "edits.py"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "control.gguf"
-        lm, edits = workspace.models[model], parsed(workspace, text)
+        lm = workspace.models[model]
         workspace.engine.between(lambda: export_control_vector(lm, edits, path))
         content = base64.b64encode(path.read_bytes()).decode()
     return {"content": content, "filename": "control.gguf", "base64": True, "type": "application/octet-stream"}

@@ -18,7 +18,7 @@ from saetools.interpret.text_search import Order, TextSearch, search_text
 from saetools.latent_diff import LatentDiff
 from saetools.latents.store import LatentStore
 from saetools.models.site import Site
-from saetools.report.collect import report_latents
+from saetools.report.collect import LatentReporter, certificates_of
 from saetools.report.latent_report import LatentReport
 from saetools.report.value import PersonaReport
 from saetools.sae.model import SAE
@@ -181,10 +181,7 @@ class Workspace:
             table = pl.DataFrame({"latent": range(len(active)), "n_active": active})
         else:
             table = pl.DataFrame({"latent": []}, schema={"latent": pl.Int64})
-        verdicts: dict[int, str] = {}
-        if self.certification is not None:
-            alone = (one for one in self.certification.certificates if len(one.candidate.latents) == 1)
-            verdicts = {one.candidate.latents[0]: one.verdict for one in alone}
+        verdicts = {latent: row["verdict"] for latent, row in certificates_of(self.certification).items()}
         texts = {latent: one.text for latent, one in self.explanations.items()}
         self._tables[role] = table.with_columns(
             pl.Series("verdict", [verdicts.get(latent) for latent in table["latent"]], dtype=pl.String),
@@ -202,34 +199,36 @@ class Workspace:
             raise InputError("latent", expected=f"0 to {self.d_sae - 1}", received=latent, remedy="name one of these")
         return self._latent(latent)
 
-    def _opened(self, latent: int) -> LatentReport | None:
+    @cached_property
+    def _reporter(self) -> LatentReporter | None:
         if self.store is None:
             return None
-        store = self.store
+        return LatentReporter(
+            self.store,
+            lm=self.models.get("base"),
+            sae=self.sae if self.models else None,
+            diff=self.diff,
+            certification=self.certification,
+            explanations=list(self.explanations.values()),
+        )
+
+    def _opened(self, latent: int) -> LatentReport | None:
+        if (reporter := self._reporter) is None:
+            return None
 
         def opened() -> LatentReport:
-            (found,) = report_latents(
-                store,
-                [latent],
-                lm=self.models.get("base"),
-                sae=self.sae if self.models else None,
-                diff=self.diff,
-                certification=self.certification,
-                explanations=list(self.explanations.values()),
-            )
-            return found
+            return next(reporter.report([latent]))
 
         return self.engine.between(opened) if self.models else opened()
 
     def search(self, text: str, *, n: int = 30) -> TextSearch:
-        """The latents that fire on a text, in the last model against the base if there are two.
+        """The latents that fire on a text, in the first fine-tune against the base if there is one.
 
         Raises:
             InputError: without models, or for a text that is too short.
         """
         engine, sae = self.engine, self.sae
         assert sae is not None  # there are models
-        names = [*self.models][:1] + [*self.models][1:2]
-        models = {name: self.models[name] for name in names}
+        models = dict(list(self.models.items())[:2])
         order: Order = "increase" if len(models) == 2 else "value"
         return engine.between(lambda: search_text(models, sae, text, order=order, n=n, site=self.site))

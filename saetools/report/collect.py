@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from saetools.errors import InputError
@@ -70,31 +71,75 @@ def report_latents(
         ...     found.models, found.record.n_active == sum(found.histograms["base"].counts)
         (('base',), True)
     """
-    if not latents:
-        raise InputError("latents", expected="one or more", received="none", remedy="name latents of the store")
-    if bad := [latent for latent in latents if not 0 <= latent < store.d_sae]:
-        raise InputError(
-            "latents", expected=f"0 to {store.d_sae - 1}", received=bad[:10], remedy="name latents of the store"
-        )
-    if (lm is None) != (sae is None):
-        raise InputError("lm and sae", expected="both or neither", received="one", remedy="pass the other, too")
-    _check_same_sae(store, sae, diff, certification)
-    changes = _changes(diff, latents)
-    certificates = _certificates(certification)
-    explained = {one.latent: one for one in explanations}
-    return (
-        LatentReport(
-            store.open_latent(
-                latent, model=model, n_top=n_top, n_bins=n_bins, n_per_bin=n_per_bin, context=context, seed=seed
-            ),
-            _histograms(store, latent),
-            tokens,
-            changes.get(latent, ()),
-            certificates.get(latent),
-            explained.get(latent),
-        )
-        for latent, tokens in _with_tokens(lm, sae, latents, n_tokens)
+    sources = LatentReporter(store, lm, sae, diff, certification, explanations)
+    return sources.report(
+        latents,
+        model=model,
+        n_top=n_top,
+        n_bins=n_bins,
+        n_per_bin=n_per_bin,
+        context=context,
+        n_tokens=n_tokens,
+        seed=seed,
     )
+
+
+@dataclass(frozen=True)
+class LatentReporter:
+    """The sources of reports, checked once, for latents that are asked for one after the other.
+
+    Args:
+        store: as of `report_latents`, and the others.
+
+    Raises:
+        InputError: for a model without its SAE, or an SAE, a diff or a certification of another SAE than the store's.
+    """
+
+    store: LatentStore
+    lm: LanguageModel | None = None
+    sae: SAE | None = None
+    diff: LatentDiff | None = None
+    certification: Certification | None = None
+    explanations: Sequence[Explanation] = ()
+
+    def __post_init__(self) -> None:
+        if (self.lm is None) != (self.sae is None):
+            raise InputError("lm and sae", expected="both or neither", received="one", remedy="pass the other, too")
+        _check_same_sae(self.store, self.sae, self.diff, self.certification)
+
+    def report(
+        self, latents: Sequence[int], *, model: str | None = None, n_tokens: int = 10, **opening: int
+    ) -> Iterator[LatentReport]:
+        """All that is known of some latents, one after the other.
+
+        Args:
+            latents: which, in this order.
+            model: by whose activations passages are chosen; by default the last one of the store.
+            n_tokens: promoted and suppressed tokens.
+            opening: settings of `LatentStore.open_latent`.
+
+        Raises:
+            InputError: for latents or a model that the store does not have, or no latents.
+        """
+        if not latents:
+            raise InputError("latents", expected="one or more", received="none", remedy="name latents of the store")
+        last = self.store.d_sae - 1
+        if bad := [latent for latent in latents if not 0 <= latent <= last]:
+            raise InputError("latents", expected=f"0 to {last}", received=bad[:10], remedy="name latents of the store")
+        changes = _changes(self.diff, latents)
+        certificates = certificates_of(self.certification)
+        explained = {one.latent: one for one in self.explanations}
+        return (
+            LatentReport(
+                self.store.open_latent(latent, model=model, **opening),
+                _histograms(self.store, latent),
+                tokens,
+                changes.get(latent, ()),
+                certificates.get(latent),
+                explained.get(latent),
+            )
+            for latent, tokens in _with_tokens(self.lm, self.sae, latents, n_tokens)
+        )
 
 
 def _check_same_sae(
@@ -148,7 +193,8 @@ def _changes(diff: LatentDiff | None, latents: Sequence[int]) -> dict[int, tuple
     return found
 
 
-def _certificates(certification: Certification | None) -> dict[int, dict[str, Any]]:
+def certificates_of(certification: Certification | None) -> dict[int, dict[str, Any]]:
+    """Rows of the table of certificates, by latent; of candidates that are one latent."""
     if certification is None:
         return {}
     rows = certification.table().iter_rows(named=True)

@@ -9,17 +9,7 @@ from typing import TYPE_CHECKING, Any
 from saetools.histogram import Histogram
 from saetools.latents.passage import Passage
 from saetools.report.latent_report import LatentReport
-from saetools.report.latent_tables import (
-    activity_table,
-    certificate_table,
-    change_table,
-    coactive_table,
-    document_table,
-    explained,
-    headline,
-    neighbour_table,
-    token_table,
-)
+from saetools.report.latent_tables import context_tables, explained, headline, main_tables
 from saetools.report.pages import asset, environment, policy_hash
 from saetools.report.tables import Table
 from saetools.report.wording import number, visible
@@ -43,22 +33,7 @@ def render_latents(
         places: links from this page to the latents of the whole report, by their numbers.
         index: link to the table of all latents, if there is one.
     """
-    from markupsafe import Markup
-
-    script = asset("page.js")
-    return str(
-        environment()
-        .get_template("latents.html.jinja")
-        .render(
-            title=title,
-            index=index,
-            latents=[_shown(report) for report in reports],
-            places=places,
-            style=Markup(asset("page.css") + asset("latents.css")),
-            script=Markup(script),
-            script_hash=policy_hash(script),
-        )
-    )
+    return _page("latents.html.jinja", title=title, index=index, latents=list(map(_shown, reports)), places=places)
 
 
 def render_index(table: Table, *, title: str, places: Mapping[str, str], intro: str) -> str:
@@ -70,30 +45,23 @@ def render_index(table: Table, *, title: str, places: Mapping[str, str], intro: 
         places: links from this page to the latents, by their numbers.
         intro: a sentence under the headline.
     """
+    return _page("latent_index.html.jinja", title=title, intro=intro, table=table, links=places)
+
+
+def _page(template: str, **values: Any) -> str:
+    """A page in the style of all, with the one script that its policy lets run."""
     from markupsafe import Markup
 
     script = asset("page.js")
-    return str(
-        environment()
-        .get_template("latent_index.html.jinja")
-        .render(
-            title=title,
-            intro=intro,
-            table=table,
-            links=places,
-            style=Markup(asset("page.css") + asset("latents.css")),
-            script=Markup(script),
-            script_hash=policy_hash(script),
-        )
-    )
+    style = Markup(asset("page.css") + asset("latents.css"))
+    page = environment().get_template(template)
+    return str(page.render(style=style, script=Markup(script), script_hash=policy_hash(script), **values))
 
 
 def _shown(report: LatentReport) -> dict[str, Any]:
     record = report.record
     most = strongest(report)
     histograms = {model: one for model, one in report.histograms.items() if sum(one.counts)}
-    tables = (change_table, certificate_table, token_table)
-    more = (activity_table, document_table, coactive_table, neighbour_table)
     return {
         "latent": report.latent,
         "headline": headline(report),
@@ -101,8 +69,8 @@ def _shown(report: LatentReport) -> dict[str, Any]:
         "models": report.models,
         "histograms": _histograms(histograms) if histograms else None,
         "histograms_label": "How large its activations are where it is active, by model: " + "; ".join(histograms),
-        "tables": [table for make in tables if (table := make(report)).rows],
-        "more": [table for make in more if (table := make(report)).rows],
+        "tables": main_tables(report),
+        "more": context_tables(report),
         "top": [_passage(one, report.models, most) for one in record.top],
         "bins": [
             {

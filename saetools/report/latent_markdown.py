@@ -6,28 +6,8 @@ from itertools import groupby
 
 from saetools.latents.passage import Passage
 from saetools.report.latent_report import LatentReport
-from saetools.report.latent_tables import (
-    activity_table,
-    certificate_table,
-    change_table,
-    coactive_table,
-    document_table,
-    explained,
-    headline,
-    neighbour_table,
-    token_table,
-)
+from saetools.report.latent_tables import context_tables, explained, headline, main_tables
 from saetools.report.markdown import escape_markdown, markdown_line, markdown_table
-
-_TABLES = (
-    change_table,
-    certificate_table,
-    token_table,
-    activity_table,
-    document_table,
-    coactive_table,
-    neighbour_table,
-)
 
 
 def render_latent(report: LatentReport) -> str:
@@ -35,7 +15,7 @@ def render_latent(report: LatentReport) -> str:
     blocks = [f"## Latent {report.latent}", markdown_line(headline(report))]
     if text := explained(report):
         blocks.append(markdown_line(text))
-    blocks += [markdown_table(table) for make in _TABLES if (table := make(report)).rows]
+    blocks += map(markdown_table, [*main_tables(report), *context_tables(report)])
     if report.record.top:
         blocks.append(f"Largest activations in {escape_markdown(report.record.model)}, active tokens in bold:")
         lines = [f"{number}. {_marked(one, report.record.model)}" for number, one in enumerate(report.record.top, 1)]

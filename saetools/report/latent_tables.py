@@ -160,6 +160,20 @@ def neighbour_table(report: LatentReport) -> Table:
     )
 
 
+def main_tables(report: LatentReport) -> list[Table]:
+    """What changed, what it causes, what it promotes; those that have rows."""
+    return _with_rows(change_table(report), certificate_table(report), token_table(report))
+
+
+def context_tables(report: LatentReport) -> list[Table]:
+    """Where it fires, and its neighbours; those that have rows."""
+    return _with_rows(activity_table(report), document_table(report), coactive_table(report), neighbour_table(report))
+
+
+def _with_rows(*tables: Table) -> list[Table]:
+    return [table for table in tables if table.rows]
+
+
 def headline(report: LatentReport) -> str:
     """Where and how much it fires, in a sentence."""
     record = report.record

@@ -24,6 +24,7 @@ from torch import Tensor
 from saetools.data.conversation import Conversation
 from saetools.engine import BusyError, Engine, Piece, Request, Stream
 from saetools.errors import InputError, SaetoolsError
+from saetools.loopback import LOOPBACK
 from saetools.models.language_model import LanguageModel
 from saetools.models.layout import is_hooked_transformer
 from saetools.models.site import Site
@@ -35,7 +36,6 @@ from saetools.steer.text import parse_edits
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _MOST_BYTES = 4_000_000  # of a request
 _PATIENCE = 0.5  # seconds between looks whether a client is still there
 
