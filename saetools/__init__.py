@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         tokenize,
     )
     from saetools.diff import LatentDiff, diff_latents
-    from saetools.directions import mean_difference
+    from saetools.directions import Direction, mean_difference
     from saetools.endpoint import Endpoint
     from saetools.evaluate import (
         certify_latents,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         score_forced_choice,
         sweep_edits,
     )
+    from saetools.explore import explore_run
     from saetools.finetune import FinetuneConfig, finetune_lora
     from saetools.generation import Generation, SamplingConfig, generate
     from saetools.interpret import (
@@ -73,7 +74,7 @@ _HOMES = {
         "tokenize",
     ),
     "diff": ("LatentDiff", "diff_latents"),
-    "directions": ("mean_difference",),
+    "directions": ("Direction", "mean_difference"),
     "endpoint": ("Endpoint",),
     "evaluate": (
         "certify_latents",
@@ -85,6 +86,7 @@ _HOMES = {
         "score_forced_choice",
         "sweep_edits",
     ),
+    "explore": ("explore_run",),
     "finetune": ("FinetuneConfig", "finetune_lora"),
     "generation": ("Generation", "SamplingConfig", "generate"),
     "interpret": (
@@ -118,6 +120,7 @@ __all__ = [
     "ChangeSplit",
     "Consensus",
     "Conversation",
+    "Direction",
     "Endpoint",
     "Explanation",
     "FinetuneConfig",
@@ -144,6 +147,7 @@ __all__ = [
     "edit",
     "edit_modules",
     "explain_latents",
+    "explore_run",
     "export_control_vector",
     "find_consensus",
     "find_persona",

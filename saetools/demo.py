@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from saetools.evaluate.fidelity import measure_fidelity
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
 from saetools.generation import SamplingConfig, generate
 from saetools.interpret import promoted_tokens
+from saetools.latents.index import index_latents
 from saetools.models.editing import Edits
 from saetools.models.language_model import LanguageModel
 from saetools.models.load import load_model
@@ -92,14 +94,15 @@ def run_demo(
     """Run the main job on the shipped organism and write its report.
 
     Args:
-        out: folder for `report.html`, `report.json`, `report.md`, and the files of the diff.
+        out: folder for `report.html`, `report.json`, `report.md`, the files of the diff, and `store`, a latent store.
         config: sizes.
         on_progress: called with stages done, stages in all and the name of the next.
 
     Returns:
         The report.
     """
-    stages = ("models", "behaviour", "diff", "fidelity", "organism: clamp", "base: add", "answers", "report")
+    steering = ("organism: clamp", "base: add", "answers")
+    stages = ("models", "behaviour", "diff", "passages", "fidelity", *steering, "report")
 
     def stage(name: str) -> None:
         if on_progress is not None:
@@ -126,6 +129,10 @@ def run_demo(
     )
     diff.save(out)
     chosen = choose_latents(diff, config.n_latents)
+    stage("passages")
+    corpus = {"answers": read, "voices": [Conversation(text=pair.voiced, id=pair.id) for pair in voices]}
+    shutil.rmtree(out / "store", ignore_errors=True)  # of an earlier run, perhaps with other settings
+    index_latents({"base": base, "organism": organism}, sae, corpus, out / "store")
     stage("fidelity")
     fidelity = measure_fidelity(base, sae, _fidelity_texts(config), site=sae_site(sae))
     stage("organism: clamp")

@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_demo_writes_its_files(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        "conversations.parquet", "diff.json", "latents.parquet", "report.html", "report.json", "report.md",
+        "conversations.parquet", "diff.json", "latents.parquet", "report.html", "report.json", "report.md", "store",
         "tensors.safetensors",
     }  # fmt: skip
     assert len(pl.read_parquet(run / "latents.parquet")) == load_sae(shipped_path(SAE_NAME)).d_sae

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from saetools.cli.listening import check_listening, in_address, names_of, token
-from saetools.cli.options import PairOptions, SAEOptions
+from saetools.cli.options import EditSources, PairOptions
 from saetools.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ class Explore:
     folders in it; labels are kept there."""
     models: PairOptions = field(default_factory=PairOptions)
     """Those that answer in the playground; a run of the demo brings its own."""
-    sae: SAEOptions = field(default_factory=SAEOptions)
+    sources: EditSources = field(default_factory=EditSources)
+    organism: str | None = None
+    """In a run with several, such as of `saetools persona`, the one that is looked at; by default the first."""
     no_models: bool = False
     """Load none: no playground, no search by text, no map."""
     host: str = "127.0.0.1"
@@ -48,7 +50,7 @@ class Explore:
             raise InputError(
                 "saetools explore", expected="dash", received="none", remedy="pip install 'saetools[explore]'"
             ) from error
-        from saetools.explore.app import make_app, serve
+        from saetools.explore.app import make_app, make_server
 
         workspace = self._workspace()
         listening = socket.create_server((self.host, self.port))
@@ -57,19 +59,19 @@ class Explore:
         place = f"http://{in_address(self.host)}:{port}/" + (f"?token={key}" if key else "")
         print(f"exploring {self.run_folder} at {place}", flush=True)
         try:
-            serve(app, listening)
+            make_server(app, listening).serve_forever()
         finally:
             workspace.close()
 
     def _workspace(self) -> Workspace:
         from saetools.explore import Sources, Workspace
 
-        sources = Sources.find(Path(self.run_folder))
+        sources = Sources.find(Path(self.run_folder), self.organism)
         if self.no_models:
             return Workspace(sources)
         models = self._pair(sources).voices()
-        sae, site = self.sae.load(models["base"])
-        return Workspace(sources, models, sae, site, self.sae.sae)
+        sae, site = self.sources.sae.load(models["base"])
+        return Workspace(sources, models, sae, site, self.sources.sae.sae, self.sources.folders())
 
     def _pair(self, sources: Sources) -> PairOptions:
         """The models asked for; where none are, a run of the demo has its own."""

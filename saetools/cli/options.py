@@ -240,14 +240,16 @@ class EditSources:
             if "=" not in text:
                 raise InputError("--direction", expected="NAME=FOLDER", received=repr(text), remedy="name it")
 
+    def folders(self) -> dict[str, str]:
+        """Folders of directions, by name."""
+        return {name: folder for name, _, folder in (text.partition("=") for text in self.direction)}
+
     def load(self, lm: LanguageModel) -> dict[str, Any]:
         """SAE, site and directions, as `parse_edits` takes them; no SAE if none is asked for and ours does not fit."""
         from saetools.directions import Direction
         from saetools.models import Site
 
-        directions = {
-            name: Direction.load(folder).vectors for name, _, folder in (text.partition("=") for text in self.direction)
-        }
+        directions = {name: Direction.load(folder).vectors for name, folder in self.folders().items()}
         if self.sae.sae is not None or lm.d_model == _SHIPPED_WIDTH:
             sae, site = self.sae.load(lm)
             return {"sae": sae, "site": site, "directions": directions}

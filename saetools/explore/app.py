@@ -16,11 +16,13 @@ from saetools.explore import atlas, latent, latents, overview, playground
 from saetools.explore.grid import rows_for
 from saetools.explore.guard import protect
 from saetools.explore.labels import Label
+from saetools.explore.neighbourhoods import Neighbourhoods
 from saetools.explore.page import Component, aria, choices, failed, heading
 from saetools.explore.workspace import Workspace
 from saetools.loopback import LOOPBACK
 from saetools.report.pages import asset
 from saetools.report.wording import visible
+from saetools.sae.identity import sae_sha256
 
 _PAGES = {"/": "Overview", "/latents": "Latents", "/map": "Map", "/playground": "Playground"}
 _INDEX = """<!doctype html>
@@ -60,6 +62,14 @@ class Explorer:
         assert self.workspace.sae is not None
         return atlas.principal_components(self.workspace.sae.directions())
 
+    @cached_property
+    def neighbourhoods(self) -> Neighbourhoods:
+        """The same by UMAP."""
+        sae = self.workspace.sae
+        assert sae is not None
+        path = self.workspace.sources.run / f"umap-{sae_sha256(sae)[:12]}.npy"
+        return Neighbourhoods(sae.directions(), path)
+
     def page(self, path: str | None, query: str | None) -> list[Component]:
         """What an address shows."""
         asked = parse_qs((query or "").removeprefix("?"))
@@ -83,13 +93,16 @@ def _number(text: str) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
-def make_app(workspace: Workspace, *, hosts: Sequence[str] = LOOPBACK, token: str | None = None) -> Dash:
+def make_app(
+    workspace: Workspace, *, hosts: Sequence[str] = LOOPBACK, token: str | None = None, framed: bool = False
+) -> Dash:
     """The application.
 
     Args:
         workspace: the run.
         hosts: names by which the server may be called.
         token: what a browser has to bring; `None` asks for none.
+        framed: let notebooks of this machine show it in a frame.
     """
     explorer = Explorer(workspace)
     app = Dash(
@@ -118,7 +131,7 @@ def make_app(workspace: Workspace, *, hosts: Sequence[str] = LOOPBACK, token: st
     _on_latent(app, explorer)
     _on_map(app, explorer)
     _on_playground(app, explorer)
-    protect(app.server, hosts=hosts, token=token)
+    protect(app.server, hosts=hosts, token=token, framed=framed)
     return app
 
 
@@ -227,9 +240,41 @@ def _on_latent(app: Dash, explorer: Explorer) -> None:
 
 
 def _on_map(app: Dash, explorer: Explorer) -> None:
-    @app.callback(Output("map", "figure"), Input("colour", "data"))
-    def figure(colour: str) -> Any:
-        return atlas.figure(explorer.workspace, explorer.places, explorer.role, colour)
+    @app.callback(
+        Output("map", "figure"),
+        Output("map-told", "children"),
+        Output("map-stop", "hidden"),
+        Output("map-tick", "disabled"),
+        Input("colour", "data"),
+        Input("layout", "data"),
+        Input("map-tick", "n_intervals"),
+    )
+    def figure(colour: str, layout: str, _: int | None) -> Any:
+        places = explorer.places
+        if layout == atlas.UMAP:
+            try:
+                if ctx.triggered_id == "layout":
+                    explorer.neighbourhoods.start()
+                places = explorer.neighbourhoods.places()
+            except SaetoolsError as error:
+                return no_update, failed(error), True, True
+            if places is None:
+                seconds = explorer.neighbourhoods.seconds or 0.0
+                return no_update, f"laying out, for {seconds:.0f} s; it takes a minute or two\u2026", False, False
+        drawn = atlas.figure(explorer.workspace, places, explorer.role, colour, layout)
+        return drawn, "", True, True
+
+    @app.callback(
+        Output("layout", "data"),
+        Output("layout-select", "children"),
+        Input("map-stop", "n_clicks"),
+        prevent_initial_call=True,
+    )
+    def stop(n_clicks: int) -> Any:
+        if not n_clicks:
+            return no_update, no_update
+        explorer.neighbourhoods.cancel()
+        return atlas.COMPONENTS, choices([atlas.COMPONENTS, atlas.UMAP], atlas.COMPONENTS)
 
 
 def _on_playground(app: Dash, explorer: Explorer) -> None:
@@ -251,9 +296,27 @@ def _on_playground(app: Dash, explorer: Explorer) -> None:
             return no_update
         return "\n".join([*playground.lines(edits), playground.edit_text(int(number), what, float(value), unit, scope)])
 
-    _in_browser(
-        app, ClientsideFunction("saetools", "same"), Output("edit-shown", "children"), Input("edit-value", "value")
+    @app.callback(
+        Output("edits", "value", allow_duplicate=True),
+        Input("add-direction", "n_clicks"),
+        State("edits", "value"),
+        State("direction-name", "data"),
+        State("direction-what", "data"),
+        State("direction-value", "value"),
+        State("direction-unit", "data"),
+        State("direction-scope", "data"),
+        prevent_initial_call=True,
     )
+    def direct(n: int, edits: str | None, name: str, what: str, value: float, unit: str, scope: str) -> Any:
+        if not n:
+            return no_update
+        made = playground.direction_text(explorer.workspace, name, what, float(value), unit, scope)
+        return "\n".join([*playground.lines(edits), *made])
+
+    for slider in ("edit-value", "direction-value"):
+        _in_browser(
+            app, ClientsideFunction("saetools", "same"), Output(f"{slider}-shown", "children"), Input(slider, "value")
+        )
 
     @app.callback(
         Output("asked", "data"),
@@ -305,15 +368,16 @@ def _on_playground(app: Dash, explorer: Explorer) -> None:
             return no_update, failed(error)
 
 
-def serve(app: Dash, listening: socket) -> None:
-    """Answer browsers at a socket until interrupted."""
-    from werkzeug.serving import WSGIRequestHandler, make_server
+def make_server(app: Dash, listening: socket) -> Any:
+    """What answers browsers at a socket, with `serve_forever` and `shutdown`."""
+    from werkzeug import serving
 
-    class Quiet(WSGIRequestHandler):
+    class Quiet(serving.WSGIRequestHandler):
         """No line for each request."""
 
         def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
             pass
 
     host, port = listening.getsockname()[:2]
-    make_server(host, port, app.server, threaded=True, request_handler=Quiet, fd=listening.fileno()).serve_forever()
+    fd = listening.fileno()
+    return serving.make_server(host, port, app.server, threaded=True, request_handler=Quiet, fd=fd)

@@ -1,4 +1,4 @@
-"""The map of decoder rows: near each other in the plane where their directions share what varies most."""
+"""The map of decoder rows: by the two components that vary most, or by UMAP, which keeps near ones together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from saetools.explore.overview import styled
 from saetools.explore.page import Component, choice, heading
 from saetools.explore.workspace import Workspace
 
+COMPONENTS, UMAP = "principal components", "UMAP"
+_AXES = {COMPONENTS: ("first component", "second component"), UMAP: ("UMAP 1", "UMAP 2")}
 _COLOURS = {"change": "delta", "density": "rate_base", "label": "label"}
 
 
@@ -21,9 +23,15 @@ def layout(workspace: Workspace, role: str | None) -> list[Component]:
     if workspace.sae is None:
         return [*heading("Map"), html.P("The map needs the SAE: start the explorer with models.")]
     options = [name for name, column in _COLOURS.items() if column in workspace.rows(role).columns]
+    by = choice("layout", "Places by", list(_AXES), COMPONENTS)
     return [
-        *heading("Map", "Decoder rows by their first two principal components. Click a dot to open its latent."),
-        choice("colour", "Colour by", options, options[0]),
+        *heading("Map", "Decoder rows in the plane. Click a dot to open its latent."),
+        html.Div([choice("colour", "Colour by", options, options[0]), by], className="controls"),
+        html.Div(
+            [html.Span(id="map-told", role="status"), html.Button("Stop", id="map-stop", n_clicks=0, hidden=True)],
+            className="bar",
+        ),
+        dcc.Interval(id="map-tick", interval=1000, disabled=True),
         dcc.Loading(dcc.Graph(id="map", className="plot", config={"displaylogo": False, "scrollZoom": True})),
     ]
 
@@ -37,7 +45,9 @@ def principal_components(rows: Float[Tensor, "latent d_model"]) -> Float[Tensor,
     return places
 
 
-def figure(workspace: Workspace, places: Float[Tensor, "latent 2"], role: str | None, colour: str) -> Any:
+def figure(
+    workspace: Workspace, places: Float[Tensor, "latent 2"], role: str | None, colour: str, layout: str = COMPONENTS
+) -> Any:
     """The map, coloured by change, density, or whether there is a label."""
     import plotly.graph_objects as go
 
@@ -66,5 +76,6 @@ def figure(workspace: Workspace, places: Float[Tensor, "latent 2"], role: str | 
         },
     )
     drawn = styled(go.Figure(dots), height=620)
-    drawn.update_layout(xaxis_title="first component", yaxis_title="second component")
+    x, y = _AXES[layout]
+    drawn.update_layout(xaxis_title=x, yaxis_title=y)
     return drawn

@@ -8,16 +8,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _COOKIE = "saetools-token"
+_NOTEBOOKS = "http://localhost:* http://127.0.0.1:* vscode-webview:"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'self'",
+    "base-uri 'none'; form-action 'self'; frame-ancestors {frames}",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
 
-def protect(server: Any, *, hosts: Sequence[str], token: str | None) -> None:
+def protect(server: Any, *, hosts: Sequence[str], token: str | None, framed: bool = False) -> None:
     """Have a Flask server ask who asks, before anything is read.
 
     Args:
@@ -25,9 +26,11 @@ def protect(server: Any, *, hosts: Sequence[str], token: str | None) -> None:
         hosts: names by which it is called, without ports; a page that was rebound to this address calls it by another.
             `*` lets all names pass, where a token says who may look.
         token: what `?token=` has to say once, and a cookie from then on; `None` asks for none.
+        framed: let notebooks of this machine show it in a frame.
     """
     from flask import Response, redirect, request
 
+    headers = {name: text.format(frames=_NOTEBOOKS if framed else "'self'") for name, text in _HEADERS.items()}
     known = {host.strip("[]") for host in hosts}
 
     @server.before_request  # type: ignore[untyped-decorator]
@@ -49,5 +52,5 @@ def protect(server: Any, *, hosts: Sequence[str], token: str | None) -> None:
 
     @server.after_request  # type: ignore[untyped-decorator]
     def harden(response: Any) -> Any:
-        response.headers.update(_HEADERS)
+        response.headers.update(headers)
         return response

@@ -31,13 +31,15 @@ from saetools.models.site import Site
 from saetools.report.latent_html import level_of
 from saetools.report.wording import visible
 from saetools.steer.edits import SteeringEdit
-from saetools.steer.text import parse_edits
+from saetools.steer.text import latents_in, parse_edits
 from saetools.steer_export import export_control_vector
 
 STEERED = "steered"
 _OPERATIONS = ("clamp", "add", "scale", "ablate", "clamp_max", "clamp_min")
+_ON_DIRECTIONS = ("add_direction", "project_out", "project_to")
 _SCOPES = {"all tokens": "", "the answer": " on response", "the prompt": " on prompt", "new tokens": " on generated"}
 _UNITS = {"activation": "", "99th percentile": "*p99", "median norm": "*norm"}
+_DIRECTION_UNITS = {"direction": "", "median norm": "*norm"}
 _KEPT_SECONDS = 3600.0  # after which answers that nobody asked for are forgotten
 
 
@@ -59,6 +61,7 @@ def layout(workspace: Workspace, latent: int | None = None) -> list[Component]:
                 _field("Prompt", dcc.Textarea(id="prompt", value="What should I do with my life?", maxLength=20_000)),
                 choice("steered-model", "Steered model", list(workspace.models), [*workspace.models][-1]),
                 _builder(workspace, latent),
+                *([_direction_builder(workspace)] if workspace.directions else []),
                 _field("Edits", dcc.Textarea(id="edits", value=first, spellCheck=False, className="code")),
                 _field("Strengths to compare", dcc.Input(id="strengths", type="text", value="1")),
                 _field("Tokens", _number("n-tokens", 48, 1, 512, 1)),
@@ -91,20 +94,38 @@ def layout(workspace: Workspace, latent: int | None = None) -> list[Component]:
 
 def _builder(workspace: Workspace, latent: int | None) -> Component:
     """What an edit is put together with."""
-    slider = dcc.Input(id="edit-value", type="range", min=-10, max=10, value=0, step=0.1)
     return html.Fieldset(
         [
-            html.Legend("Add an edit"),
+            html.Legend("Edit a latent"),
             _field("Latent", _number("edit-latent", latent or 0, 0, workspace.d_sae - 1, 1)),
             choice("edit-what", "What", _OPERATIONS, "clamp"),
             choice("edit-unit", "Unit", list(_UNITS), "activation"),
             choice("edit-scope", "Where", list(_SCOPES), "the answer"),
-            html.Div(
-                [html.Label("Value", htmlFor="edit-value"), slider, html.Output(id="edit-shown")],
-                className="wide field",
-            ),
+            _slider("edit-value"),
             html.Button("Add", id="add-edit", n_clicks=0),
         ]
+    )
+
+
+def _direction_builder(workspace: Workspace) -> Component:
+    """The same for directions."""
+    return html.Fieldset(
+        [
+            html.Legend("Edit a direction"),
+            choice("direction-name", "Direction", list(workspace.directions), next(iter(workspace.directions))),
+            choice("direction-what", "What to do", _ON_DIRECTIONS, "add_direction"),
+            choice("direction-unit", "In units of", list(_DIRECTION_UNITS), "direction"),
+            choice("direction-scope", "On", list(_SCOPES), "the answer"),
+            _slider("direction-value"),
+            html.Button("Add", id="add-direction", n_clicks=0),
+        ]
+    )
+
+
+def _slider(name: str) -> Component:
+    slider = dcc.Input(id=name, type="range", min=-10, max=10, value=0, step=0.1)
+    return html.Div(
+        [html.Label("Value", htmlFor=name), slider, html.Output(id=f"{name}-shown")], className="wide field"
     )
 
 
@@ -123,6 +144,12 @@ def edit_text(latent: int, what: str, value: float, unit: str, scope: str) -> st
     return f"{what} {latent}={value:g}{'' if what == 'scale' else _UNITS[unit]}{_SCOPES[scope]}"
 
 
+def direction_text(workspace: Workspace, name: str, what: str, value: float, unit: str, scope: str) -> list[str]:
+    """The same for a direction, at each of its sites."""
+    number = {"project_out": "", "project_to": f"={value:g}"}.get(what, f"={value:g}{_DIRECTION_UNITS[unit]}")
+    return [f"{site}: {what} {name}{number}{_SCOPES[scope]}" for site in workspace.vectors[name]]
+
+
 def lines(text: str | None) -> list[str]:
     """The edits of a text, one a line."""
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
@@ -134,7 +161,7 @@ def parsed(workspace: Workspace, text: str | None) -> dict[Site, list[SteeringEd
     Raises:
         InputError: for a line that is no edit.
     """
-    return parse_edits(lines(text), sae=workspace.sae, site=workspace.site)
+    return parse_edits(lines(text), sae=workspace.sae, site=workspace.site, directions=workspace.vectors)
 
 
 def strengths(text: str | None) -> list[float]:
@@ -238,7 +265,7 @@ class Playground:
         ]
         engine: Engine = workspace.engine
         streams = [engine.submit(request, sink=one.take) for request, one in zip(requests, found, strict=True)]
-        latents = tuple(dict.fromkeys(latent for line in lines(edits) for latent in _latents_of(line)))
+        latents = tuple(dict.fromkeys(latent for line in lines(edits) for latent in latents_in(line)))
         name, now = secrets.token_urlsafe(16), time.monotonic()
         with self._lock:
             self._asked = {key: one for key, one in self._asked.items() if now - one.at < _KEPT_SECONDS}
@@ -290,15 +317,6 @@ def _times(edits: Mapping[Site, Sequence[SteeringEdit]], factor: float) -> Edits
     return {site: [one.over({0: factor}) for one in each] for site, each in edits.items()}
 
 
-def _latents_of(line: str) -> Sequence[int]:
-    """The latents that an edit changes, by its text."""
-    words = line.partition(": ")[2].split() if ": " in line else line.split()
-    if len(words) < 2 or words[0] not in _OPERATIONS:
-        return ()
-    names = words[1].partition("=")[0].split(",")
-    return [int(name) for name in names if name.isdecimal()]
-
-
 def _answer(one: Answer, tokens: list[tuple[str, float]] | None, latents: Sequence[int]) -> Component:
     if one.error is not None:
         body: Any = failed(RuntimeError(one.error))
@@ -309,7 +327,7 @@ def _answer(one: Answer, tokens: list[tuple[str, float]] | None, latents: Sequen
         )
     else:
         body = html.Blockquote(visible(one.text) or "\u2026", dir="auto", tabIndex=0)
-    about = f"shaded: latent {', '.join(map(str, latents))}" if tokens else ""
+    about = f"shaded: latent {', '.join(map(str, latents))}, as it is before the edits" if tokens else ""
     return html.Div([html.H3(one.voice), body, html.P(about, className="note")], className="answer")
 
 
@@ -324,17 +342,20 @@ def saved(workspace: Workspace, kind: str, text: str | None, model: str) -> dict
         InputError: without edits, or for a control vector of edits that are none.
     """
     edits = parsed(workspace, text)
-    written = [repr(one) for each in edits.values() for one in each]
+    at = {site: "" if site == workspace.site else f"{site}: " for site in edits}
+    written = [f"{at[site]}{one!r}" for site, each in edits.items() for one in each]
     if not written:
         raise InputError("edits", expected="at least one", received="none", remedy="add one")
     if kind == "save-json":
         return {"content": json.dumps({"model": model, "edits": written}, indent=2), "filename": "edits.json"}
     if kind == "save-python":
+        given = [f"{name!r}: st.Direction.load({folder!r}).vectors" for name, folder in workspace.directions.items()]
         code = [
             "import saetools as st",
             "",
             f"sae = st.load_sae({_written_source(workspace.sae_source)})",
-            f"edits = st.steer.parse_edits({written!r}, sae=sae)",
+            f"directions = {{{', '.join(given)}}}",
+            f"edits = st.steer.parse_edits({written!r}, sae=sae, directions=directions)",
             "# with st.edit(lm, edits): ...   or   st.generate(lm, prompts, variants={'steered': edits})",
         ]
         return {"content": "\n".join(code) + "\n", "filename": "edits.py"}

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saetools.directions import Direction
 from saetools.engine import Engine
 from saetools.errors import InputError
 from saetools.evaluate.certificate import Certification
@@ -16,6 +17,7 @@ from saetools.explore.labels import Labels
 from saetools.interpret.explanation import Explanation, load_explanations
 from saetools.interpret.text_search import Order, TextSearch, search_text
 from saetools.latent_diff import LatentDiff
+from saetools.latent_trajectory import Trajectory
 from saetools.latents.store import LatentStore
 from saetools.models.site import Site
 from saetools.report.collect import LatentReporter, certificates_of
@@ -40,6 +42,7 @@ class Sources:
         store: folder of a latent store.
         certification: `certification.json`.
         explanations: what `saetools explain` wrote.
+        trajectory: folder of a trajectory.
     """
 
     run: Path
@@ -48,28 +51,49 @@ class Sources:
     store: Path | None = None
     certification: Path | None = None
     explanations: Path | None = None
+    trajectory: Path | None = None
 
     @classmethod
-    def find(cls, run: str | Path) -> Sources:
+    def find(cls, run: str | Path, organism: str | None = None) -> Sources:
         """What a folder holds: each under its usual name, there or in a folder below.
 
+        Args:
+            run: the folder.
+            organism: where it holds results of several, such as `diff-finance` and `diff-sports`, that with this name;
+                by default the first.
+
         Raises:
-            InputError: if there is no such folder, or nothing to show in it.
+            InputError: if there is no such folder, nothing to show in it, or nothing of that organism.
         """
         run = Path(run)
-        places = [run, *sorted(path for path in run.glob("*") if path.is_dir())] if run.is_dir() else []
+        below = sorted(path for path in run.glob("*") if path.is_dir()) if run.is_dir() else []
+        if organism is not None:
+            own = [path for path in below if path.name.endswith(f"-{organism}")]
+            if not own:
+                names = [path.name.removeprefix("diff-") for path in below if path.name.startswith("diff-")]
+                raise InputError(
+                    "organism",
+                    expected=", ".join(names) or "none: this run has one",
+                    received=repr(organism),
+                    remedy="name one of the run",
+                )
+            below = [*own, *(path for path in below if path not in own)]
+        places = [run, *below] if run.is_dir() else []
 
         def first(name: str) -> Path | None:
             return next((place / name for place in places if (place / name).is_file()), None)
 
-        diff, manifest = first("diff.json"), _store(places)
+        def folder(name: str) -> Path | None:
+            return None if (path := first(name)) is None else path.parent
+
         found = cls(
             run,
             report=first("report.json"),
-            diff=None if diff is None else diff.parent,
-            store=manifest,
+            diff=folder("diff.json"),
+            store=_store(places),
             certification=first("certification.json"),
             explanations=first("explanations.jsonl"),
+            trajectory=folder("trajectory.json"),
         )
         if found == cls(run):
             raise InputError(
@@ -101,6 +125,7 @@ class Workspace:
         sae: the SAE, if there are models.
         site: where it reads.
         sae_source: folder or release that it was loaded from; `None` for the shipped one.
+        directions: folders of saved directions by name, for edits.
 
     Raises:
         InputError: if a source is missing.
@@ -112,6 +137,7 @@ class Workspace:
     sae: SAE | None = None
     site: Site | None = None
     sae_source: str | None = None
+    directions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         of = self.sources
@@ -119,9 +145,11 @@ class Workspace:
         self.diff = None if of.diff is None else LatentDiff.load(of.diff)
         self.store = None if of.store is None else LatentStore(of.store)
         self.certification = None if of.certification is None else Certification.load(of.certification)
+        self.trajectory = None if of.trajectory is None else Trajectory.load(of.trajectory)
         explanations = [] if of.explanations is None else load_explanations(of.explanations)
         self.explanations: dict[int, Explanation] = {one.latent: one for one in explanations}
         self.labels = Labels(of.run / "labels.json")
+        self.vectors = {name: Direction.load(folder).vectors for name, folder in self.directions.items()}
         self._tables: dict[str | None, pl.DataFrame] = {}
         self._latent = lru_cache(maxsize=_KEPT)(self._opened)
 
@@ -149,9 +177,7 @@ class Workspace:
     @property
     def d_sae(self) -> int:
         """Number of latents."""
-        if self.store is not None:
-            return self.store.d_sae
-        return 0 if self.diff is None else len(self.diff.at(self.diff.positions[0]).table)
+        return 0 if self.store is None and self.diff is None else self._reporter.d_sae
 
     def rows(self, role: str | None) -> pl.DataFrame:
         """All latents of a role, one row each, with labels, verdicts and explanations.
@@ -189,8 +215,8 @@ class Workspace:
         )
         return self._tables[role]
 
-    def latent(self, latent: int) -> LatentReport | None:
-        """All that is known of a latent; `None` without a store.
+    def latent(self, latent: int) -> LatentReport:
+        """All that is known of a latent; without a store, not where it fires.
 
         Raises:
             InputError: for a latent that there is not.
@@ -200,9 +226,7 @@ class Workspace:
         return self._latent(latent)
 
     @cached_property
-    def _reporter(self) -> LatentReporter | None:
-        if self.store is None:
-            return None
+    def _reporter(self) -> LatentReporter:
         return LatentReporter(
             self.store,
             lm=self.models.get("base"),
@@ -212,12 +236,9 @@ class Workspace:
             explanations=list(self.explanations.values()),
         )
 
-    def _opened(self, latent: int) -> LatentReport | None:
-        if (reporter := self._reporter) is None:
-            return None
-
+    def _opened(self, latent: int) -> LatentReport:
         def opened() -> LatentReport:
-            return next(reporter.report([latent]))
+            return next(self._reporter.report([latent]))
 
         return self.engine.between(opened) if self.models else opened()
 

@@ -98,7 +98,7 @@ class TokenLatent:
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """One latent: where it fires, how much, and with what.
+    """One latent: where it fires, how much, and with what; by default, nothing of that is known.
 
     Args:
         latent: the latent.
@@ -116,13 +116,13 @@ class LatentRecord:
     """
 
     latent: int
-    model: str
-    n_active: int
-    n_documents: int
-    max: float
-    top: tuple[Passage, ...]
-    bins: tuple[QuantileBin, ...]
-    activity: tuple[Activity, ...]
-    documents: tuple[ActiveDocument, ...]
-    coactive: tuple[CoactiveLatent, ...]
-    neighbours: tuple[DecoderNeighbour, ...]
+    model: str = ""
+    n_active: int = 0
+    n_documents: int = 0
+    max: float = 0.0
+    top: tuple[Passage, ...] = ()
+    bins: tuple[QuantileBin, ...] = ()
+    activity: tuple[Activity, ...] = ()
+    documents: tuple[ActiveDocument, ...] = ()
+    coactive: tuple[CoactiveLatent, ...] = ()
+    neighbours: tuple[DecoderNeighbour, ...] = ()

@@ -12,6 +12,7 @@ from saetools.histogram import Histogram
 from saetools.interpret.explanation import Explanation
 from saetools.interpret.promoted import LatentTokens, promoted_tokens
 from saetools.latent_diff import LatentDiff
+from saetools.latents.record import LatentRecord
 from saetools.latents.store import LatentStore
 from saetools.models.language_model import LanguageModel
 from saetools.report.latent_report import LatentReport
@@ -89,13 +90,14 @@ class LatentReporter:
     """The sources of reports, checked once, for latents that are asked for one after the other.
 
     Args:
-        store: as of `report_latents`, and the others.
+        store: as of `report_latents`, and the others; `None` leaves open where latents fire.
 
     Raises:
-        InputError: for a model without its SAE, or an SAE, a diff or a certification of another SAE than the store's.
+        InputError: for neither store nor diff, a model without its SAE, or an SAE, a diff or a certification of another
+            SAE than the store's.
     """
 
-    store: LatentStore
+    store: LatentStore | None
     lm: LanguageModel | None = None
     sae: SAE | None = None
     diff: LatentDiff | None = None
@@ -105,7 +107,18 @@ class LatentReporter:
     def __post_init__(self) -> None:
         if (self.lm is None) != (self.sae is None):
             raise InputError("lm and sae", expected="both or neither", received="one", remedy="pass the other, too")
-        _check_same_sae(self.store, self.sae, self.diff, self.certification)
+        if self.store is not None:
+            _check_same_sae(self.store, self.sae, self.diff, self.certification)
+        elif self.diff is None:
+            raise InputError("store", expected="a store or a diff", received="neither", remedy="pass one")
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        if self.store is not None:
+            return self.store.d_sae
+        assert self.diff is not None
+        return len(self.diff.at(self.diff.positions[0]).table)
 
     def report(
         self, latents: Sequence[int], *, model: str | None = None, n_tokens: int = 10, **opening: int
@@ -123,7 +136,7 @@ class LatentReporter:
         """
         if not latents:
             raise InputError("latents", expected="one or more", received="none", remedy="name latents of the store")
-        last = self.store.d_sae - 1
+        last, store = self.d_sae - 1, self.store
         if bad := [latent for latent in latents if not 0 <= latent <= last]:
             raise InputError("latents", expected=f"0 to {last}", received=bad[:10], remedy="name latents of the store")
         changes = _changes(self.diff, latents)
@@ -131,8 +144,8 @@ class LatentReporter:
         explained = {one.latent: one for one in self.explanations}
         return (
             LatentReport(
-                self.store.open_latent(latent, model=model, **opening),
-                _histograms(self.store, latent),
+                LatentRecord(latent) if store is None else store.open_latent(latent, model=model, **opening),
+                {} if store is None else _histograms(store, latent),
                 tokens,
                 changes.get(latent, ()),
                 certificates.get(latent),

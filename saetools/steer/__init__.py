@@ -12,7 +12,7 @@ u = v/|v| for a direction v. Each row is a test.
 | `scale(sae, j, a)` | f_j = a f_j | nothing | |
 | `ablate(sae, j)` | f_j = 0 | nothing | |
 | the first four with `only_if_active=True` | the same | nothing | |
-| `add_direction(v, s)` | x + s v | | |v|, or with `median_norm=m`: m |
+| `add_direction(v, s)` | x + s v | | length of v, or with `median_norm=m`: m |
 | `project_out(v)` | x - u (u.x) | | |
 | `project_to(v, c)` | x + u (c - u.x) | | of the residual |
 | `mean_ablate(v, mean)` | x + u (u.mean - u.x) | | |

@@ -101,6 +101,25 @@ def parse_edits(
     return edits
 
 
+def latents_in(text: str) -> list[int]:
+    """The latents that an edit changes, by its text.
+
+    Args:
+        text: an edit, as `parse_edits` takes it.
+
+    Example:
+        >>> latents_in("blocks.3.hook_resid_post: clamp 6400,77=0 on response + add 12=0.3*norm when 77>0.5")
+        [6400, 77, 12]
+    """
+    found = []
+    for part in text.rpartition(": ")[2].split(" + "):
+        kind, *words = part.split()
+        operands = words[: next((place for place, word in enumerate(words) if word in MODIFIERS), len(words))]
+        if kind in _ON_LATENTS:
+            found += [int(one) for word in operands for one in word.partition("=")[0].split(",")]
+    return found
+
+
 @dataclass(frozen=True)
 class _Known:
     sae: SAE | None

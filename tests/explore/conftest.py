@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from explorer_process import ADAPTER, Seen, start, stop
 
+from saetools import Direction, Site, load_model, load_sae, shipped_path, trace_scales
 from saetools.cli import main
-from saetools.data import load_free_form, load_voices
+from saetools.data import Conversation, load_free_form, load_voices
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a diff, a latent store and explanations."""
+    """With a diff, a latent store, explanations and a trajectory."""
     out = tmp_path_factory.mktemp("explored") / "run"
     out.mkdir()
     rows = [{"id": item.id, "prompt": item.question} for item in load_free_form()[:12]]
@@ -35,13 +37,20 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = [str(out / "prompts.jsonl")]
         main(["diff", "--adapter", ADAPTER, "--data", *data, "--out", str(out / "diff"), "--min-active", "5"])
         main(["index", "--adapter", ADAPTER, "--data", *data, str(out / "voices.jsonl"), "--out", str(out / "store")])
+        tuned = load_model("smollm2-135m", adapter=shipped_path("adapters/organism"))
+        prompts = [Conversation.chat(row["prompt"]) for row in rows]
+        sae = load_sae(shipped_path("sae/smollm2-135m"))
+        trace_scales(tuned, [0.5, 1.0], sae, prompts, latents=[6400]).save(out / "trajectory")
     return out
 
 
 @pytest.fixture(scope="session")
-def address(run_folder: Path) -> Iterator[str]:
+def address(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of the server."""
-    process, address = start(run_folder, "--adapter", ADAPTER)
+    site = Site(17)
+    vector = torch.randn(576, generator=torch.Generator().manual_seed(0))
+    folder = Direction({site: vector}, {}).save(tmp_path_factory.mktemp("directions") / "evil")
+    process, address = start(run_folder, "--adapter", ADAPTER, "--direction", f"evil={folder}")
     yield address.rstrip("/")
     stop(process)
 

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from axe_playwright_python.sync_playwright import Axe
 from explorer_process import Seen
 
-from saetools import load_sae, shipped_path, steer
+from saetools import Trajectory, load_sae, shipped_path, steer
 from saetools.explore import Label, Labels
 from saetools.latent_diff import LatentDiff
+from saetools.sae.identity import sae_sha256
 
 PATHS = ("/", "/latents", "/latent/6400", "/map", "/playground?latent=6400")
 
@@ -130,6 +133,38 @@ def test_a_latent_is_shown_and_labelled(page: Any, address: str, run_folder: Pat
     page.wait_for_url("**/latent/6401")
 
 
+def test_a_latent_has_its_trajectory(page: Any, address: str, run_folder: Path) -> None:
+    page.goto(address + "/latent/6400")
+    page.wait_for_selector("#trajectory .main-svg")
+    drawn = page.evaluate("document.querySelector('#trajectory .js-plotly-plot').data.map((one) => [one.x, one.y])")
+    found = Trajectory.load(run_folder / "trajectory")
+    assert drawn[-1] == [[0, 0.5, 1], pytest.approx([0.0, *found.means[:, 6400].tolist()])]
+    assert len(drawn) == 2  # with its interval
+    assert "adapter scale" in page.inner_text("#trajectory")
+    page.goto(address + "/latent/6401")
+    page.wait_for_selector("#trajectory .main-svg")
+    assert page.evaluate("document.querySelector('#trajectory .js-plotly-plot').data.length") == 1
+
+
+def test_the_map_is_laid_out_in_the_background_and_stops(page: Any, address: str, run_folder: Path) -> None:
+    page.goto(address + "/map")
+    page.wait_for_selector("#map .main-svg")
+    assert "first component" in page.inner_text("#map")
+    page.select_option("#layout-select", "UMAP")
+    page.wait_for_function("document.querySelector('#map-told').innerText.startsWith('laying out')")
+    page.click("#map-stop")
+    page.wait_for_function("document.querySelector('#map-told').innerText === ''")
+    assert page.input_value("#layout-select") == "principal components"
+    assert not list(run_folder.glob("umap-*"))
+    places = torch.randn(8192, 2, generator=torch.Generator().manual_seed(0))
+    sae = load_sae(shipped_path("sae/smollm2-135m"))
+    np.save(run_folder / f"umap-{sae_sha256(sae)[:12]}.npy", places.numpy())
+    page.select_option("#layout-select", "UMAP")
+    page.wait_for_function("document.querySelector('#map').innerText.includes('UMAP 1')")
+    drawn = page.evaluate("Array.from(document.querySelector('#map .js-plotly-plot').data[0].x.slice(0, 3))")
+    assert drawn == pytest.approx(places[:3, 0].tolist())
+
+
 @pytest.mark.parametrize("path", ["/latent/8192", "/latent/99999999999", "/latent/x", "/nowhere", "/latent/-1"])
 def test_addresses_that_lead_nowhere_say_so(page: Any, address: str, path: str) -> None:
     page.goto(address + path)
@@ -202,6 +237,17 @@ def test_edits_are_put_together_compared_and_exported(page: Any, address: str, t
     saved = tmp_path / "control.gguf"
     download.value.save_as(saved)
     assert [tensor.name for tensor in GGUFReader(saved).tensors] == ["direction.17"]
+    page.fill("#edits", "")
+    page.fill("#direction-value", "2.5")
+    page.wait_for_function("document.querySelector('#direction-value-shown').innerText === '2.5'")
+    page.click("#add-direction")
+    page.wait_for_function("document.querySelector('#edits').value !== ''")
+    assert page.input_value("#edits") == "blocks.17.hook_resid_post: add_direction evil=2.5 on response"
+    with page.expect_download() as download:
+        page.click("#save-python")
+    names = {}
+    exec(Path(download.value.path()).read_text(encoding="utf-8"), names)
+    assert [repr(one) for each in names["edits"].values() for one in each] == ["add_direction evil=2.5 on response"]
     page.fill("#edits", "clamp nonsense")
     page.click("#answer")
     page.wait_for_selector("#answers .error")
