@@ -1,9 +1,10 @@
-# `make demo` runs the main job, `make test` the tests, `make check` lint and types; each sets up what it needs.
+# `make demo` runs the main job, `make test` the tests, `make check` lint and types; `make docs` builds the reference.
+# Each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(READY)
 	$(BIN)/saetools demo --out runs/demo
@@ -17,6 +18,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("saetools needs Python 3.11 or newer; run make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,4 +29,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv runs dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs site dist build .mypy_cache .ruff_cache .pytest_cache
