@@ -41,8 +41,9 @@ class Report:
     explanations: str | None = None
     """File that `saetools explain` wrote."""
     format: tuple[LatentFormat, ...] = ()
-    """What to write. Of a run: html, markdown (the default), json. Of latents: html (20 a page, and a table of all),
-    markdown, json (one line a latent), parquet, csv (the default), neuronpedia (batches as its uploads take them)."""
+    """What to write. Of a run: html, markdown (the default), json, and parquet or csv of its scores, latents and doses.
+    Of latents: html (20 a page, and a table of all), markdown, json (one line a latent), parquet, csv (the default),
+    neuronpedia (batches as its uploads take them)."""
     title: str | None = None
     """Headline; by default the models and the store."""
     lm: ModelOptions = field(default_factory=ModelOptions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,18 @@ def latent_frame(rows: Iterable[dict[str, Any]]) -> pl.DataFrame:
     import polars as pl
 
     return pl.DataFrame(list(rows), infer_schema_length=None)
+
+
+def flat(frame: pl.DataFrame) -> pl.DataFrame:
+    """A frame whose lists are JSON text, which CSV can hold."""
+    import polars as pl
+
+    lists = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.List)]
+
+    def text(value: Any) -> str:
+        return json.dumps(list(value), ensure_ascii=False)
+
+    return frame.with_columns(pl.col(name).map_elements(text, return_dtype=pl.String) for name in lists)
 
 
 def index_table(rows: Iterable[dict[str, Any]], caption: str) -> Table:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from saetools.errors import InputError
-from saetools.report.latent_frame import index_table, latent_frame, latent_row
+from saetools.report.latent_frame import flat, index_table, latent_frame, latent_row
 from saetools.report.latent_html import render_index, render_latents
 from saetools.report.latent_markdown import render_latent
 from saetools.report.latent_report import LatentReport, json_line
@@ -130,19 +130,7 @@ def _write(
     if frame is not None and "parquet" in formats:
         frame.write_parquet(folder / "latents.parquet")
     if frame is not None and "csv" in formats:
-        _flat(frame).write_csv(folder / "latents.csv")
+        flat(frame).write_csv(folder / "latents.csv")
     files = {"html": "index.html", "markdown": "latents.md", "json": "latents.jsonl"}
     files |= {"parquet": "latents.parquet", "csv": "latents.csv", "neuronpedia": "neuronpedia/batch-0.json"}
     return {name: files[name] for name in formats}
-
-
-def _flat(frame: Any) -> Any:
-    """A frame whose lists are JSON text, which CSV can hold."""
-    import polars as pl
-
-    lists = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.List)]
-
-    def text(value: Any) -> str:
-        return json.dumps(list(value), ensure_ascii=False)
-
-    return frame.with_columns(pl.col(name).map_elements(text, return_dtype=pl.String) for name in lists)

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from saetools.errors import InputError
@@ -112,6 +113,22 @@ def test_writes_three_files_and_nothing_else(report: PersonaReport, tmp_path: Pa
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "report.md"]
 
 
+def test_tables_hold_the_figures_of_the_report(report: PersonaReport, tmp_path: Path) -> None:
+    paths = write_report(report, tmp_path, formats=("parquet", "csv"))
+    assert sorted(paths) == sorted(
+        f"{name}.{kind}" for name in ("scores", "latents", "doses") for kind in ("csv", "parquet")
+    )
+    latents = pl.read_parquet(paths["latents.parquet"])
+    assert latents["delta"].to_list() == [row.delta for row in report.top_latents]
+    assert latents["promoted"].to_list() == [list(row.promoted) for row in report.top_latents]
+    doses = pl.read_csv(paths["doses.csv"])
+    assert doses["shift_low"].to_list() == [row.shift.low for row in report.dose_response]
+    assert doses["against_mean"].to_list() == [row.against and row.against.mean for row in report.dose_response]
+    assert json.loads(doses["latents"][0]) == list(report.dose_response[0].latents)
+    empty = dataclasses.replace(report, scores=(), top_latents=(), dose_response=())
+    assert pl.read_parquet(write_report(empty, tmp_path, formats=("parquet",))["doses.parquet"]).is_empty()
+
+
 def test_a_failure_leaves_the_old_files(report: PersonaReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = ("json", "markdown")
     old = {path: path.read_bytes() for path in write_report(report, tmp_path, formats=formats).values()}
@@ -131,7 +148,7 @@ def test_a_failure_leaves_the_old_files(report: PersonaReport, tmp_path: Path, m
 
 
 def test_bad_arguments(report: PersonaReport, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="formats: expected some of html, json, markdown"):
+    with pytest.raises(InputError, match="formats: expected some of html, json, markdown, parquet, csv"):
         write_report(report, tmp_path, formats=("pdf",))
     with pytest.raises(InputError, match="formats"):
         write_report(report, tmp_path, formats=())
