@@ -8,6 +8,7 @@ from dash import dcc, html
 
 from saetools.explore.page import Component, heading, table
 from saetools.explore.workspace import Workspace
+from saetools.report.latent_tables import candidates_table
 from saetools.report.tables import WARNINGS, Cell, Column, Table, fidelity_table, interval_cell, score_table
 from saetools.report.wording import percent, visible
 
@@ -37,6 +38,8 @@ def layout(workspace: Workspace, role: str | None) -> list[Component]:
     parts.append(table(_facts(workspace)))
     if report is not None and report.scores:
         parts.append(table(score_table(report)))
+    if workspace.certification is not None:
+        parts.append(table(candidates_table(workspace.certification)))
     if workspace.diff is not None and role is not None:
         parts += [
             html.H2("Change of every latent"),
@@ -64,6 +67,9 @@ def _facts(workspace: Workspace) -> Table:
     if workspace.store is not None:
         rows.append(("latent store", f"{len(workspace.store):,} tokens of {', '.join(workspace.store.datasets)}"))
     rows.append(("latents", f"{workspace.d_sae:,}"))
+    if (scored := workspace.certification) is not None:
+        scores = (("base", scored.base), ("tuned", scored.tuned), ("shift", scored.shift))
+        rows.append(("behaviour score", ", ".join(f"{name} {one}" for name, one in scores)))
     cells = tuple((Cell(name), Cell(value)) for name, value in rows)
     return Table("What was compared", (Column("what", kind="text"), Column("value", kind="text")), cells)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from saetools.evaluate.certificate import Certification
 from saetools.report.latent_report import LatentReport
 from saetools.report.tables import NONE, Cell, Column, Table, count_cell, interval_cell, token_cell
 from saetools.report.wording import number, percent
@@ -65,6 +66,27 @@ def certificate_table(report: LatentReport) -> Table:
         )
         if row
         else (),
+    )
+
+
+def candidates_table(certification: Certification) -> Table:
+    """The verdict on every candidate, one row each."""
+    return Table(
+        "Causal certificates",
+        (
+            Column("candidate", kind="text"),
+            Column("verdict", kind="text"),
+            Column("base, steered towards", "share of the organism's shift of the behaviour score that this makes"),
+            Column("tuned, steered away", "share of it that this takes back"),
+        ),
+        tuple(
+            (
+                Cell(row["candidate"]),
+                Cell(row["verdict"]),
+                *(_estimate_cell(row, f"{side}_share") for side in ("induces", "suppresses")),
+            )
+            for row in certification.table().iter_rows(named=True)
+        ),
     )
 
 
