@@ -56,6 +56,10 @@ class Explorer:
         self.playground = playground.Playground(workspace)
         self.role = next((role for role in ("response", *workspace.roles) if role in workspace.roles), None)
 
+    def role_of(self, name: str | None) -> str | None:
+        """A token role of the run; by default its first, or that of answers."""
+        return name if name in self.workspace.roles else self.role
+
     @cached_property
     def places(self) -> Any:
         """Where each decoder row is on the map."""
@@ -73,13 +77,14 @@ class Explorer:
     def page(self, path: str | None, query: str | None) -> list[Component]:
         """What an address shows."""
         asked = parse_qs((query or "").removeprefix("?"))
+        role = self.role_of(asked.get("role", [""])[0])
         try:
             if path in (None, "/"):
-                return overview.layout(self.workspace, self.role)
+                return overview.layout(self.workspace, role)
             if path == "/latents":
-                return latents.layout(self.workspace)
+                return latents.layout(self.workspace, role)
             if path == "/map":
-                return atlas.layout(self.workspace, self.role)
+                return atlas.layout(self.workspace, role)
             if path == "/playground":
                 return playground.layout(self.workspace, _number(asked.get("latent", [""])[0]))
             if (number := _number(str(path).removeprefix("/latent/"))) is not None:
@@ -173,12 +178,13 @@ def _on_latents(app: Dash, explorer: Explorer) -> None:
         Output("grid", "getRowsResponse"),
         Output("n-rows", "children"),
         Input("grid", "getRowsRequest"),
+        State("grid-role", "data"),
         prevent_initial_call=True,
     )
-    def rows(request: dict[str, Any] | None) -> Any:
+    def rows(request: dict[str, Any] | None, role: str | None) -> Any:
         if request is None:
             return no_update, no_update
-        found, n = rows_for(explorer.workspace.rows(explorer.role), request)
+        found, n = rows_for(explorer.workspace.rows(explorer.role_of(role)), request)
         shown = [{name: visible(one) if isinstance(one, str) else one for name, one in row.items()} for row in found]
         return {"rowData": shown, "rowCount": n}, f"{n:,} latents"
 
@@ -248,8 +254,9 @@ def _on_map(app: Dash, explorer: Explorer) -> None:
         Input("colour", "data"),
         Input("layout", "data"),
         Input("map-tick", "n_intervals"),
+        State("map-role", "data"),
     )
-    def figure(colour: str, layout: str, _: int | None) -> Any:
+    def figure(colour: str, layout: str, _: int | None, role: str | None) -> Any:
         places = explorer.places
         if layout == atlas.UMAP:
             try:
@@ -261,7 +268,7 @@ def _on_map(app: Dash, explorer: Explorer) -> None:
             if places is None:
                 seconds = explorer.neighbourhoods.seconds or 0.0
                 return no_update, f"laying out, for {seconds:.0f} s; it takes a minute or two\u2026", False, False
-        drawn = atlas.figure(explorer.workspace, places, explorer.role, colour, layout)
+        drawn = atlas.figure(explorer.workspace, places, explorer.role_of(role), colour, layout)
         return drawn, "", True, True
 
     @app.callback(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saetools.explore.overview import styled
-from saetools.explore.page import Component, choice, heading
+from saetools.explore.page import Component, choice, heading, roles
 from saetools.explore.workspace import Workspace
 
 COMPONENTS, UMAP = "principal components", "UMAP"
@@ -26,6 +26,8 @@ def layout(workspace: Workspace, role: str | None) -> list[Component]:
     by = choice("layout", "Places by", list(_AXES), COMPONENTS)
     return [
         *heading("Map", "Decoder rows in the plane. Click a dot to open its latent."),
+        *roles(workspace, role, "/map"),
+        dcc.Store(id="map-role", data=role),
         html.Div([choice("colour", "Colour by", options, options[0]), by], className="controls"),
         html.Div(
             [html.Span(id="map-told", role="status"), html.Button("Stop", id="map-stop", n_clicks=0, hidden=True)],

@@ -6,7 +6,7 @@ from typing import Any
 
 from dash import dcc, html
 
-from saetools.explore.page import Component, aria, choice, heading, marked
+from saetools.explore.page import Component, aria, choice, heading, marked, roles
 from saetools.explore.workspace import Workspace
 from saetools.interpret.text_search import TextHit, TextSearch
 from saetools.report.latent_html import level_of
@@ -46,12 +46,14 @@ _NAMES = {
 _SHOWN = {"rate_base": ".2%", "rate_tuned": ".2%", "q_value": ".2g", "n_active": ",d"}
 
 
-def layout(workspace: Workspace) -> list[Component]:
-    """The page."""
+def layout(workspace: Workspace, role: str | None) -> list[Component]:
+    """The page, with the changes at one token role."""
     from dash_ag_grid import AgGrid
 
     return [
         *heading("Latents", "Click a number to open its latent; name filters to keep them."),
+        *roles(workspace, role, "/latents"),
+        dcc.Store(id="grid-role", data=role),
         html.Div(
             [
                 dcc.Input(

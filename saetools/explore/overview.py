@@ -6,7 +6,7 @@ from typing import Any
 
 from dash import dcc, html
 
-from saetools.explore.page import Component, heading, table
+from saetools.explore.page import Component, heading, roles, table
 from saetools.explore.workspace import Workspace
 from saetools.report.latent_tables import candidates_table
 from saetools.report.tables import WARNINGS, Cell, Column, Table, fidelity_table, interval_cell, score_table
@@ -43,6 +43,7 @@ def layout(workspace: Workspace, role: str | None) -> list[Component]:
     if workspace.diff is not None and role is not None:
         parts += [
             html.H2("Change of every latent"),
+            *roles(workspace, role, "/"),
             html.P("Click a dot to open its latent. The first figure leaves out latents that could not be tested."),
             dcc.Graph(id="volcano", figure=volcano(workspace, role), className="plot", config={"displaylogo": False}),
             dcc.Graph(id="ranks", figure=ranks(workspace, role), className="plot", config={"displaylogo": False}),

@@ -7,6 +7,7 @@ from typing import Any
 
 from dash import dcc, html
 
+from saetools.explore.workspace import Workspace
 from saetools.latents.passage import Passage
 from saetools.report.latent_html import shaded
 from saetools.report.tables import Cell, Table
@@ -23,6 +24,23 @@ def aria(**values: str) -> dict[str, Any]:
 def heading(title: str, intro: str = "") -> list[Component]:
     """Title and first words of a page."""
     return [html.H1(title), *([html.P(intro)] if intro else [])]
+
+
+def roles(workspace: Workspace, role: str | None, path: str) -> list[Component]:
+    """Links to the same page at other token roles, if there are some.
+
+    Args:
+        workspace: the run.
+        role: the one that is shown.
+        path: of the page.
+    """
+    if len(workspace.roles) < 2:
+        return []
+    links = [
+        html.A(one, href=f"{path}?role={one}", **(aria(current="true") if one == role else {}))
+        for one in workspace.roles
+    ]
+    return [html.Nav(["Tokens: ", *links], className="steps", **aria(label="Token roles"))]
 
 
 def table(value: Table, *, link: str | None = None) -> Component:

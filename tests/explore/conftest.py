@@ -35,7 +35,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = [str(out / "prompts.jsonl")]
-        main(["diff", "--adapter", ADAPTER, "--data", *data, "--out", str(out / "diff"), "--min-active", "5"])
+        main(["diff", "--adapter", ADAPTER, "--data", *data, "--out", str(out / "diff"), "--min-active", "5",
+              "--positions", "prompt", "last_prompt"])  # fmt: skip
         main(["index", "--adapter", ADAPTER, "--data", *data, str(out / "voices.jsonl"), "--out", str(out / "store")])
         tuned = load_model("smollm2-135m", adapter=shipped_path("adapters/organism"))
         prompts = [Conversation.chat(row["prompt"]) for row in rows]

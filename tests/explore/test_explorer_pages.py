@@ -87,6 +87,20 @@ def test_the_table_sorts_filters_and_keeps_filters(page: Any, address: str, run_
     page.wait_for_function("document.querySelector('#n-rows').innerText === '1 latents'")
 
 
+def test_other_token_roles_have_addresses(page: Any, address: str, run_folder: Path) -> None:
+    table = LatentDiff.load(run_folder / "diff").at("last_prompt").table
+    page.goto(address + "/latents")
+    page.wait_for_selector(".ag-row a")
+    page.click("a[href='/latents?role=last_prompt']")
+    rising = table.sort("delta", descending=True, maintain_order=True)["latent"].to_list()
+    page.wait_for_function(f"document.querySelector('.ag-row[row-index=\"0\"] a')?.innerText === '{rising[0]}'")
+    assert first_latents(page) == rising[:3]
+    assert page.inner_text("main [aria-current=true]") == "last_prompt"
+    page.goto(address + "/?role=last_prompt")
+    page.wait_for_selector("#ranks .main-svg")
+    assert page.evaluate("document.querySelector('#ranks .js-plotly-plot').data[0].customdata[0]") == rising[0]
+
+
 def test_a_text_finds_the_latents_that_fire_on_it(page: Any, address: str) -> None:
     page.goto(address + "/latents")
     page.fill("#sentence", "Rules are for the weak.")
