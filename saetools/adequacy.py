@@ -28,8 +28,11 @@ from saetools.stats import Estimate, estimate_ratios
 N_DIRECTIONS = 5
 LEAST_GAIN = 0.05
 """An SAE whose active rows hold less of the change than random rows and this share more counts as blind to it."""
-MOST_FVU_RATIO = 2.0
-"""So does one that leaves more than so many times the variance of the tuned model unexplained as of the base."""
+LEAST_REPRODUCED = 0.2
+"""So does one whose reconstructions reproduce less of it than this share, by the upper end of the interval."""
+MOST_FVU_RATIO, MOST_FVU_RISE = 2.0, 0.05
+"""An SAE does not fit the tuned model if it leaves more than so many times the share of variance unexplained as of the
+base, and so much more of it, by the ends of the intervals."""
 _CHUNK_ELEMENTS = 1 << 23  # of the decoder rows of some tokens
 _RIDGE = 1e-5
 
@@ -72,12 +75,18 @@ class Adequacy:
         if not self.change.mean > 0:
             return ("the two models are equal at this site",)
         found = []
-        if self.in_active_rows.mean < self.in_random_rows.mean + LEAST_GAIN:
+        if self.in_active_rows.low < self.in_random_rows.high + LEAST_GAIN:
             found.append(
                 f"the SAE is blind to the change: {self.in_active_rows.mean:.0%} of it lies in the span of the active "
                 f"decoder rows, {self.in_random_rows.mean:.0%} in that of as many random rows"
             )
-        if self.fvu_tuned.mean > MOST_FVU_RATIO * self.fvu_base.mean:
+        elif self.reproduced.high < LEAST_REPRODUCED:
+            found.append(
+                f"the SAE misses most of the change: its reconstructions reproduce {self.reproduced.mean:.0%} "
+                f"[{self.reproduced.low:.0%}, {self.reproduced.high:.0%}] of it"
+            )
+        most = max(MOST_FVU_RATIO * self.fvu_base.high, self.fvu_base.high + MOST_FVU_RISE)
+        if self.fvu_tuned.low > most:
             found.append(
                 f"the SAE does not fit the tuned model: FVU {self.fvu_tuned.mean:.3f} there, {self.fvu_base.mean:.3f} "
                 "on the base"

@@ -8,6 +8,7 @@ texts. A latent in the shared core is common to the fine-tunes, which may be the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from saetools.errors import InputError
 from saetools.latent_diff import LatentDiff
 from saetools.provenance import versions
 from saetools.saved_result import load_result, save_result, saved_warnings
+from saetools.significance import false_discovery_rates, mean_p_values
 from saetools.stats import bootstrap_weights
 
 if TYPE_CHECKING:
@@ -39,8 +41,11 @@ class Consensus:
     Args:
         table: one row per latent, by `latent`: `mean_rank` over the selection organisms and `rank` by it (1 = highest),
             `delta` averaged over them, `n_changed` organisms in which it has changed (q_value up to 0.05), `kind`:
-            `core` (changed in all, in the same direction), `specific` (in one only, which `organism` names), `mixed`
-            (in several but not all, or in both directions) or `none`; `stability`, the share of resamples of
+            `core` (changed in all, in the same direction), `specific` (in one only, which `organism` names, and there
+            otherwise than in every other one), `undecided` (in one only, but it may have changed as much in another),
+            `mixed` (in several but not all, or in both directions) or `none`; `q_differs`, for those that changed in
+            one only, the false discovery rate at which that change differs from that of every other organism, paired
+            over conversations, null where they were read on others; `stability`, the share of resamples of
             conversations in which it is among the first `n_top`.
         held_out: one row for each held-out organism and each of the `n_top` selected latents, best first: `organism`,
             `latent`, `delta` with `low` and `high`, `p_value`, `q_value` and `rank`, all as in its diff.
@@ -73,7 +78,7 @@ class Consensus:
         return self.table.filter(pl.col("kind") == "core").sort("rank")
 
     def specific(self, organism: str) -> pl.DataFrame:
-        """The latents that changed in one selection organism only, highest first.
+        """The latents that changed in one selection organism, and otherwise than in the others, highest first.
 
         Raises:
             InputError: if it is none of them.
@@ -137,10 +142,11 @@ def find_consensus(
     mean_rank = torch.stack([one.table["rank"].to_torch() for one in chosen.values()]).double().mean(0)
     rank = ranks(-mean_rank)
     changed = torch.stack([(one.table["q_value"].fill_null(1.0) <= FDR).to_torch() for one in chosen.values()])
-    kinds, organisms = _kinds(changed, deltas, selection)
+    q_differs = _differences(list(chosen.values()), changed)
+    kinds, organisms = _kinds(changed, deltas, q_differs, selection)
     selected = torch.argsort(rank)[:n_top].tolist()
     stability = _stability(list(chosen.values()), min(n_top, len(rank)), n_resamples, seed)
-    table = _table(mean_rank, rank, deltas.mean(0), changed.sum(0), stability, kinds, organisms)
+    table = _table(mean_rank, rank, deltas.mean(0), changed.sum(0), stability, kinds, organisms, q_differs)
     rest = {name: found[name] for name in found if name not in chosen}
     provenance = {
         "diffs": {name: one.provenance for name, one in found.items()},
@@ -203,14 +209,51 @@ def _check(
             )
 
 
-def _kinds(changed: Tensor, deltas: Tensor, selection: Sequence[str]) -> tuple[list[str], list[str | None]]:
+def _differences(diffs: Sequence[LatentDiff], changed: Tensor) -> Float[Tensor, " d_sae"]:
+    """For latents that changed in one organism: the false discovery rate at which it differs from all others; NaN else.
+
+    That a change is significant in one and not in the other does not make it differ (Gelman and Stern 2006).
+    """
+    d_sae = changed.shape[1]
+    alone = changed.sum(0) == 1
+    p_values = torch.full((d_sae,), math.nan, dtype=torch.double)
+    if len({one.provenance["data_sha256"] for one in diffs}) > 1:
+        return p_values
+    parts = []
+    for one in diffs:
+        rows = one.conversations
+        units, latents = rows["conversation"].to_torch().long(), rows["latent"].to_torch().long()
+        parts.append((units, latents, (rows["tuned"] - rows["base"]).to_torch().double()))
+    for place in range(len(diffs)):
+        own = alone & changed[place]
+        worst = torch.zeros(d_sae, dtype=torch.double)
+        for other in range(len(diffs)):
+            if other != place:
+                (units, latents, mine), (other_units, other_latents, theirs) = parts[place], parts[other]
+                n = 1 + max([0, *units.tolist(), *other_units.tolist()])
+                keys = torch.cat([latents * n + units, other_latents * n + other_units])
+                found, index = torch.unique(keys, return_inverse=True)
+                values = torch.zeros(len(found), dtype=torch.double).index_add_(0, index, torch.cat([mine, -theirs]))
+                worst = torch.maximum(worst, mean_p_values(values, found // n, d_sae))
+        p_values[own] = worst[own]
+    q_values = p_values.clone()
+    q_values[alone] = false_discovery_rates(p_values[alone])
+    return q_values
+
+
+def _kinds(
+    changed: Tensor, deltas: Tensor, q_differs: Tensor, selection: Sequence[str]
+) -> tuple[list[str], list[str | None]]:
     """What each latent is, and the organism of one that changed in it alone."""
     n_changed = changed.sum(0)
     same = (deltas > 0).all(0) | (deltas < 0).all(0)
-    kinds = [
-        "none" if n == 0 else "specific" if n == 1 else "core" if n == len(selection) and agrees else "mixed"
-        for n, agrees in zip(n_changed.tolist(), same.tolist(), strict=True)
-    ]
+
+    def kind(n: int, agrees: bool, q: float) -> str:
+        if n < 2:
+            return "none" if n == 0 else "specific" if q <= FDR else "undecided"
+        return "core" if n == len(selection) and agrees else "mixed"
+
+    kinds = [kind(*facts) for facts in zip(n_changed.tolist(), same.tolist(), q_differs.tolist(), strict=True)]
     only = changed.int().argmax(0).tolist()
     return kinds, [selection[index] if kind == "specific" else None for kind, index in zip(kinds, only, strict=True)]
 
@@ -254,10 +297,11 @@ def _table(
     stability: Tensor,
     kinds: Sequence[str],
     organisms: Sequence[str | None],
+    q_differs: Tensor,
 ) -> pl.DataFrame:
     import polars as pl
 
-    return pl.DataFrame(
+    table = pl.DataFrame(
         {
             "latent": range(len(rank)),
             "mean_rank": mean_rank.numpy(),
@@ -266,9 +310,11 @@ def _table(
             "n_changed": n_changed.numpy(),
             "kind": list(kinds),
             "organism": pl.Series(organisms, dtype=pl.String),
+            "q_differs": q_differs.numpy(),
             "stability": stability.numpy(),
         }
     )
+    return table.with_columns(pl.col("q_differs").fill_nan(None))
 
 
 _HELD_OUT = ("latent", "delta", "low", "high", "p_value", "q_value", "rank")

@@ -89,9 +89,9 @@ def find_persona(
     )
     numbers = {stage: number for number, stage in enumerate(stages)}
 
-    def tell(stage: str, name: str = "") -> None:
+    def tell(stage: str, name: str = "", further: str = "") -> None:
         if on_progress is not None:
-            on_progress(numbers[stage, name], len(stages), f"{stage} {name}".strip())
+            on_progress(numbers[stage, name], len(stages), f"{stage} {name}".strip() + further)
 
     tell("behaviour")
     scores = search.scores()
@@ -118,7 +118,11 @@ def find_persona(
     certifications: dict[str, Certification] = {}
     for name in organisms if chosen else ():
         tell("certify", name)
-        certifications[name] = search.certify(name, list(chosen), diffs, judge)
+
+        def measured(done: int, total: int, name: str = name) -> None:
+            tell("certify", name, f" ({done} of {total} measurements)")
+
+        certifications[name] = search.certify(name, list(chosen), diffs, judge, measured)
     result: dict[str, Any] = plain(
         {
             "organisms": {

@@ -157,9 +157,11 @@ class Stages:
             found = {"base": {"score": dataclasses.asdict(base.mean)}}
             for name, lm in self._organisms.items():
                 own = score_forced_choice(lm, self._scored)
+                moved = dataclasses.replace(own, gaps=own.gaps - base.gaps).by_category()
                 found[name] = {
                     "score": dataclasses.asdict(own.mean),
                     "shift": dataclasses.asdict(own.minus(base)),
+                    "by_category": {category: dataclasses.asdict(shift) for category, shift in moved.items()},
                 }
             write_json(path, found)
         scores: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
@@ -276,7 +278,12 @@ class Stages:
         )
 
     def certify(
-        self, name: str, latents: Sequence[int], diffs: Mapping[str, LatentDiff], judge: Judge | None
+        self,
+        name: str,
+        latents: Sequence[int],
+        diffs: Mapping[str, LatentDiff],
+        judge: Judge | None,
+        on_progress: Callable[[int, int], None],
     ) -> Certification:
         """Certificates of the candidates on one organism."""
         selection = [diff.at(self._config.role) for one, diff in diffs.items() if one not in self._held_out]
@@ -295,8 +302,10 @@ class Stages:
             site=self._site,
             config=self._config.certificate,
             judge=judge,
+            cautions=diffs[name].at(self._config.role).warnings,
             out=self._out / f"certification-{name}",
             shared=self._out / "certification-base",
+            on_progress=on_progress,
         )
 
     def listed(

@@ -13,12 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saetools.errors import InputError
+
 _NEWTON_STEPS = 100
 _TINY = 1e-12
 _CHUNK = 1024  # measures whose resampled means exist at the same time
 _CAUTION = 0.5  # standard errors of skewness by which `skewed_t_p_values` mistrusts a sample
 _LARGEST_T = 100.0  # times sqrt(units - 1): float32 hardly tells the spread of a resample beyond it from none
 _INFINITY = 1e30  # quantiles between it and a number are numbers
+_DRAWS = 4096  # of variances
 _LARGEST_EFFECT = 1e6  # mean over standard deviation; so that its cube stays in range
 
 
@@ -54,6 +57,50 @@ def mean_p_values(
     """
     flips = sign_flip_p_values(values, measures, n_measures)
     return torch.maximum(flips, skewed_t_p_values(values, measures, n_measures))
+
+
+def draw_p_value(differences: Float[Tensor, " unit"], draws: Int[Tensor, " unit"], *, seed: int = 0) -> float:
+    """One-sided p-value that a treatment is one more draw from the population of its random controls.
+
+    That its mean exceeds the mean of the controls shows only that it is no average one: with enough units, every draw
+    above the average does. Here every unit has one of several controls, and the controls differ: of the differences,
+    variance between the groups that share a control tells by how much. The null is that the treatment's own effect
+    deviates from the controls' mean as one of them does. Weerahandi's generalised p-value (1995, Exact Statistical
+    Methods for Data Analysis) for the one-way layout with random effects: the variances are drawn from what the mean
+    squares say of them, and a mean this large has a normal tail given each.
+
+    Args:
+        differences: treatment minus control, unit by unit, positive where the treatment goes further.
+        draws: which control each unit has; at least two of them, and at least one for two units or more.
+        seed: of the draws of variances.
+
+    Raises:
+        InputError: if the controls cannot be told from the units.
+    """
+    d = differences.double()
+    groups = torch.unique(draws, return_inverse=True)[1]
+    n, sizes = len(d), groups.bincount().double()
+    n_groups = len(sizes)
+    if not 2 <= n_groups < n:
+        raise InputError(
+            "draws",
+            expected="two controls or more, and more units than controls",
+            received=f"{n_groups} controls of {n} units",
+            remedy="use fewer controls",
+        )
+    means = torch.zeros(n_groups, dtype=torch.double).index_add_(0, groups, d) / sizes
+    within = (d - means[groups]).square().sum()
+    between = (sizes * (means - d.mean()).square()).sum()
+    generator = torch.Generator().manual_seed(seed)
+
+    def chi_squared(freedom: int) -> Tensor:
+        return torch.randn(_DRAWS, freedom, generator=generator, dtype=torch.double).square().sum(1)
+
+    noise = within / chi_squared(n - n_groups)
+    usual = (n - sizes.square().sum() / n) / (n_groups - 1)  # units of a control, where their numbers differ
+    spread = ((between / chi_squared(n_groups - 1) - noise) / usual).clamp_min(0)
+    variance = spread * (1 + (sizes / n).square().sum()) + noise / n
+    return float(torch.special.ndtr(-d.mean() / variance.clamp_min(_TINY**2).sqrt()).mean())
 
 
 def skewed_t_p_values(

@@ -28,7 +28,9 @@ def adequacy(in_active_rows=0.9):
     """Of an SAE that sees a change, or of one that does not."""
     names = ("fvu_base", "fvu_tuned", "l0_base", "l0_tuned", "change", "reproduced", "in_active_rows", "in_random_rows")
     values = (0.1, 0.1, 4.0, 4.0, 1.0, 0.5, in_active_rows, 0.3)
-    estimates = {name: Estimate(value, 0.0, 1.0, 0.1, 2) for name, value in zip(names, values, strict=True)}
+    estimates = {
+        name: Estimate(value, value - 0.01, value + 0.01, 0.005, 2) for name, value in zip(names, values, strict=True)
+    }
     return Adequacy(**estimates, rest_shares=(), rest_directions=torch.zeros(0, 4), n_tokens=2)
 
 

@@ -1,11 +1,13 @@
 """Adequacy: planted changes inside and outside of what an SAE can say are told apart, by the formulas' own numbers."""
 
+import dataclasses
 import itertools
 import json
 import math
 
 import pytest
 import torch
+from planted_diff import adequacy as seeing
 from tiny_sae import basis_sae, make_sae
 
 from saetools.activations import ActivationBlock
@@ -14,7 +16,7 @@ from saetools.data import Role
 from saetools.models import Site
 from saetools.sae.model import SAE, SAEMetadata
 from saetools.sae.nonlinearity import TopK
-from saetools.stats import estimate_ratios
+from saetools.stats import Estimate, estimate_ratios
 
 SITE = Site(1)
 D, N = 32, 400
@@ -63,7 +65,7 @@ def test_a_change_along_active_rows_is_seen(sae):
     found = measure(sae, base, tuned)["prompt"]
     assert found.in_active_rows.mean > 0.999
     assert 0.05 < found.in_random_rows.mean < 0.4
-    assert not found.warnings
+    assert not any("blind" in text for text in found.warnings)
     assert found.n_tokens == N
     assert found.l0_base.mean == pytest.approx(4)
 
@@ -184,3 +186,22 @@ def test_random_rows_are_as_many_others_without_repeats(d_sae, n_slots):
     if n_slots and d_sae > n_slots:  # all alike: by chance they differ by far less than a quarter
         assert counts.min() > 0.75 * counts.mean()
         assert counts.max() < 1.25 * counts.mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"reproduced": (0.15, 0.12, 0.18)}, "misses most of the change: its reconstructions reproduce 15% [12%, 18%]"),
+        ({"reproduced": (0.15, 0.05, 0.25)}, None),
+        ({"in_active_rows": (0.34, 0.33, 0.35)}, "blind to the change: 34% of it"),
+        ({"in_active_rows": (0.40, 0.39, 0.41)}, None),
+        ({"fvu_tuned": (0.3, 0.25, 0.35)}, "does not fit the tuned model: FVU 0.300 there"),
+        ({"fvu_tuned": (0.3, 0.1, 0.5)}, None),
+        ({"fvu_base": (0.001, 0.001, 0.001), "fvu_tuned": (0.003, 0.003, 0.003)}, None),
+    ],
+)
+def test_warnings_heed_intervals_and_sizes(changes, said):
+    estimates = {name: Estimate(mean, low, high, 0.01, 9) for name, (mean, low, high) in changes.items()}
+    found = dataclasses.replace(seeing(), **estimates).warnings
+    assert found == () if said is None else said in found[0]

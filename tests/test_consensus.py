@@ -49,6 +49,24 @@ def test_kinds_of_planted_latents():
     assert found.top(3)["stability"].min() == 1.0
 
 
+def test_significant_in_one_alone_is_not_yet_specific():
+    changes = torch.zeros(2, N, D)
+    changes[:, :, 7] = torch.tensor([0.24, 0.12])[:, None]  # over a spread of 0.3 sqrt(2): sure in the first alone
+    changes[0, :, 9] = 1.0
+    diffs = {name: planted_diff(changes[place], seed=place + 6) for place, name in enumerate(("finance", "sports"))}
+    found = find_consensus(diffs, n_resamples=10).table
+    sure = [diffs[name].table["q_value"][7] <= 0.05 for name in diffs]
+    assert sure == [True, False]
+    assert found["kind"][7] == "undecided"
+    assert found["organism"][7] is None
+    assert found["q_differs"][7] > 0.05
+    assert found["kind"][9] == "specific"
+    assert found["organism"][9] == "finance"
+    assert found["q_differs"][9] < 1e-3
+    apart = {"finance": diffs["finance"], "sports": planted_diff(changes[1], seed=7, data="other")}
+    assert find_consensus(apart, n_resamples=10).table["kind"][9] == "undecided"
+
+
 def test_ranks_are_means_over_the_selection_alone():
     diffs = organisms()
     found = find_consensus(diffs, held_out=["finance"], n_top=4, n_resamples=20)

@@ -347,7 +347,7 @@ def test_verdicts_are_counted_and_all_is_saved_with_its_command(tmp_path, monkey
     model = PlantedConfig(strengths=(0.8,), n_each=1)
     recovery = RecoveryConfig(model=model, n_models=2, n_draws=2, n_prompts=32, n_truth=512)
     certificate = CertificateConfig(strengths=(0.15, 0.3), n_refine=0, max_new_tokens=6, n_samples=2, batch_rows=512)
-    verdicts = VerdictConfig(model=model, n_models=2, n_nulls=2, n_prompts=8, certificate=certificate)
+    verdicts = VerdictConfig(model=model, n_models=2, n_nulls=2, n_neighbours=2, n_prompts=8, certificate=certificate)
     monkeypatch.setattr(sys, "argv", ["saetools.planted", "--out", "planted.json"])
     __main__.Measure(tmp_path / "made" / "planted.json", None, recovery, verdicts).run()
     text = (tmp_path / "made" / "planted.json").read_text()
@@ -359,7 +359,9 @@ def test_verdicts_are_counted_and_all_is_saved_with_its_command(tmp_path, monkey
     assert saved["recovery"]["config"] == json.loads(json.dumps(dataclasses.asdict(recovery)))
     assert saved["recovery"]["detections"][0]["recall"]["16"]["mean"] == 1.0
     by_kind = {one["kind"]: one for one in saved["verdicts"]["by_kind"]}
-    assert {kind: one["n_latents"] for kind, one in by_kind.items()} == {"persona": 2, "correlate": 2, "null": 4}
+    assert {kind: one["n_latents"] for kind, one in by_kind.items()} == {
+        "persona": 2, "correlate": 2, "null": 4, "neighbour": 4,
+    }  # fmt: skip
     assert by_kind["persona"]["shares"]["both"]["mean"] == 1.0
     assert by_kind["correlate"]["shares"]["neither"]["mean"] == 1.0
     for one in by_kind.values():

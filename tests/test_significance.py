@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+from saetools.errors import InputError
 from saetools.significance import (
     bootstrap_t_intervals,
+    draw_p_value,
     false_discovery_rates,
     mean_p_values,
     sign_flip_p_values,
@@ -262,3 +264,34 @@ def test_fewer_than_four_units_have_no_interval():
         values, weights = torch.arange(n) + 1.0, bootstrap_weights(n, 500, seed=0)
         measures, units = torch.zeros(n, dtype=torch.long), torch.arange(n)
         assert bootstrap_t_intervals(values, measures, units, 1, weights).isnan().all()
+
+
+@pytest.mark.parametrize(("spread", "most"), [(0.0, 0.02), (0.3, 0.07), (2.0, 0.07)])
+def test_one_more_draw_of_the_controls_seldom_counts_as_more(spread, most):
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.arange(96) % 24
+    p_values = []
+    for number in range(300):
+        effects = spread * torch.randn(25, generator=generator)
+        differences = effects[24] - effects[draws] + torch.randn(96, generator=generator)
+        p_values.append(draw_p_value(differences, draws, seed=number))
+    assert 0 < sum(p <= 0.05 for p in p_values) / 300 <= most or spread == 0
+
+
+def test_what_goes_beyond_all_draws_counts_and_what_is_only_above_their_mean_does_not():
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.arange(96) % 24
+    effects = torch.randn(24, generator=generator)
+    noise = 0.1 * torch.randn(96, generator=generator)
+    assert draw_p_value(5.0 - effects[draws] + noise, draws) < 1e-3
+    above = 0.5 - effects[draws] + noise
+    assert mean_p_values(above, torch.zeros(96, dtype=torch.long), 1)[0] < 1e-3  # it is no average one
+    assert draw_p_value(above, draws) > 0.2
+    assert draw_p_value(-5.0 - effects[draws] + noise, draws) > 0.99
+
+
+def test_controls_have_to_serve_several_units():
+    with pytest.raises(InputError, match="received 8 controls of 8 units"):
+        draw_p_value(torch.ones(8), torch.arange(8))
+    with pytest.raises(InputError, match="received 1 controls"):
+        draw_p_value(torch.ones(8), torch.zeros(8, dtype=torch.long))

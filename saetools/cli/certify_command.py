@@ -81,6 +81,11 @@ class Certify:
         sae, site = self.sae.load(base)
         _check_sae(found, sae, site)
         at_response = diff.at("response").table["delta"].to_torch() if "response" in diff.positions else None
+        if at_response is None:
+            warn(
+                "the diff has not read the role `response`: what the fine-tune's own change of a latent carries of the "
+                "shift stays unknown (diff with --positions prompt response)"
+            )
         endpoint = self.judge.made()
         judge: Judge | None = None if endpoint is None else coherence_judge(endpoint)
         with progress("certify", "measurements") as update:
@@ -97,6 +102,7 @@ class Certify:
                 site=site,
                 config=self.config,
                 judge=judge,
+                cautions=[f"diff, {text}" for text in found.warnings],
                 out=self.out,
                 on_progress=update,
             )
@@ -185,13 +191,15 @@ def _print_certification(found: Certification, out: str) -> None:
     def shown(value: float | None, low: float | None, high: float | None) -> str:
         return "" if value is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
-    table = Table("candidate", "verdict", "base: strength", "shift", "q", "tuned: strength", "shift", "q")
+    columns = ("strength", "shift", "share", "carried", "q")
+    table = Table("candidate", "verdict", *(f"{side}: {name}" for side in ("base", "tuned") for name in columns))
     for row in found.table().iter_rows(named=True):
         cells = []
         for side in ("induces", "suppresses"):
-            ends = (row[f"{side}_shift"], row[f"{side}_shift_low"], row[f"{side}_shift_high"])
             strength, q_value = row[f"{side}_strength"], row[f"{side}_q"]
-            cells += ["" if strength is None else f"{strength:g}", shown(*ends)]
+            cells.append("" if strength is None else f"{strength:g}")
+            names = (f"{side}_{name}" for name in ("shift", "share", "carried"))
+            cells += [shown(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in names]
             cells.append("" if q_value is None else f"{q_value:.1e}")
         table.add_row(row["candidate"], row["verdict"], *cells)
     Console().print(table)

@@ -113,7 +113,8 @@ class Diff:
             print(
                 f"{role}: FVU {seen.fvu_base.mean:.3f} on the base, {seen.fvu_tuned.mean:.3f} on the tuned model; "
                 f"{seen.in_active_rows.mean:.0%} of the change lies in the span of the active decoder rows "
-                f"({seen.in_random_rows.mean:.0%} in that of as many random ones)"
+                f"({seen.in_random_rows.mean:.0%} in that of as many random ones); the reconstructions reproduce "
+                f"{seen.reproduced.mean:.0%} [{seen.reproduced.low:.0%}, {seen.reproduced.high:.0%}] of it"
             )
         print(f"{len(diff.at(diff.positions[0]).table)} latents at {len(diff.positions)} roles in {self.out}")
 

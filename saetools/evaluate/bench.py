@@ -26,7 +26,7 @@ from saetools.evaluate.coherence import (
     measure_coherence,
 )
 from saetools.evaluate.controls import PerplexityCurve, RandomPush, matched_latents, random_directions
-from saetools.evaluate.forced_choice import score_forced_choice
+from saetools.evaluate.forced_choice import rows_of_items, score_forced_choice
 from saetools.evaluate.judge import described_judge
 from saetools.evaluate.perplexity import measure_perplexity
 from saetools.generation import SamplingConfig, generate
@@ -37,7 +37,7 @@ from saetools.models.where import Edit
 from saetools.provenance import sha256_of_texts, versions
 from saetools.sae.identity import sae_sha256
 from saetools.sae.model import SAE
-from saetools.significance import mean_p_values
+from saetools.significance import draw_p_value, mean_p_values
 from saetools.stats import Estimate, estimate_mean, estimate_ratios
 from saetools.steer.directions import add_direction
 from saetools.steer.latents import add
@@ -80,7 +80,10 @@ class Bench:
         self._items, self._prompts, self._texts, self._changes = items, prompts, texts, changes
         self._candidates = sorted({latent for one in candidates for latent in one.latents})
         self._unit = median_norm(sae)
-        self._random = random_directions(config.n_directions, base.d_model, seed=config.seed)
+        most = len(items) // 2  # so that what sets directions apart can be told from what sets items apart
+        self._n_directions, self._n_matched = min(config.n_directions, most), min(config.n_matched, most)
+        self._random = random_directions(self._n_directions, base.d_model, seed=config.seed)
+        self._rows = rows_of_items(base, items, self._n_directions)
         self._replays = {side: LayerReplay(lm, site) for side, lm in self._models.items()}
         questions = [one if isinstance(one, str) else "\n".join(m.content for m in one.messages) for one in prompts]
         self.settings = dataclasses.asdict(config)
@@ -159,11 +162,16 @@ class Bench:
         (strength, _), carried = self._coherent(side, answers), self._carried(side, candidate, plain)
         if not strength:
             self._tick(len(AGAINST))
-            return Effect(0.0, doses, None, {}, None, None, carried, 1.0, math.nan, holds=False)
+            return Effect(0.0, doses, None, {}, None, None, carried, {}, 1.0, math.nan, holds=False)
         shift = shifts[strength]
         perplexity, controls = self._controls(side, candidate, strength)
         against = {name: shift + plain - gaps for name, gaps in controls.items()}
         sign = 1 if side == "base" else -1
+        n_draws = dict.fromkeys(AGAINST, self._n_directions) | {"matched_latents": self._n_matched}
+        chance = {
+            name: draw_p_value(sign * values, self._rows % n_draws[name], seed=seed) for name, values in against.items()
+        }
+        means = [_one_sided(sign * values) for values in (shift, *against.values())]
         return Effect(
             strength,
             doses,
@@ -172,7 +180,8 @@ class Bench:
             perplexity,
             self._share(side, shift),
             carried,
-            max(_one_sided(sign * values) for values in (shift, *against.values())),
+            chance,
+            max(*means, *chance.values()),
             math.nan,
             holds=False,
         )
@@ -214,7 +223,7 @@ class Bench:
         norm, scope = strength * self._unit, Scope()
         config = self._config
         others = matched_latents(
-            self._sae, candidate.latents, self._rates, config.n_matched, excluded=self._candidates, seed=config.seed
+            self._sae, candidate.latents, self._rates, self._n_matched, excluded=self._candidates, seed=config.seed
         )
         rows = torch.nn.functional.normalize(self._sae.directions()[others].float().cpu().sum(1), dim=1)
         name = f"{candidate.key}/{strength}"
@@ -240,7 +249,7 @@ class Bench:
         name = f"{side}/gaps/{name}"
         if name not in self._cells[side]:
             edits = None if edit is None else {self._site: edit}
-            n_rows = self._config.n_directions  # so that controls by row of the batch use each of them alike
+            n_rows = self._n_directions  # so that controls by row of the batch use each of them alike
             score = score_forced_choice(
                 self._models[side], self._items, edits=edits, batch_rows=n_rows, replay=self._replays[side]
             )

@@ -52,6 +52,7 @@ def certify_latents(
     site: Site | None = None,
     config: CertificateConfig = CertificateConfig(),
     judge: Judge | None = None,
+    cautions: Sequence[str] = (),
     out: str | Path | None = None,
     shared: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -60,10 +61,11 @@ def certify_latents(
 
     Each is steered over all strengths on both models; the answers of a round of candidates at all strengths are one
     batched generation. The largest strength with coherent answers is searched; there, the score has to beat the
-    unedited model, random directions of equal norm, random latents, and random directions of equal perplexity. An
-    effect holds if the largest of the four one-sided p-values over items (`significance.mean_p_values`) passes
-    Benjamini and Hochberg's rule over all candidates and both models, and if it makes up a share of the organism's
-    shift that counts (where the organism has one). The strength is chosen by coherence alone, which favours no verdict.
+    unedited model, random directions of equal norm, random latents, and random directions of equal perplexity: their
+    means, and what one more draw of them may do. An effect holds if the largest of these one-sided p-values over items
+    (`significance.mean_p_values`, `significance.draw_p_value`) passes Benjamini and Hochberg's rule over all candidates
+    and both models, and if it makes up a share of the organism's shift that counts (where the organism has one). The
+    strength is chosen by coherence alone, which favours no verdict.
 
     Args:
         base: the model before the fine-tune.
@@ -80,6 +82,7 @@ def certify_latents(
         site: where the SAE reads; by default what its metadata says.
         config: settings.
         judge: scores coherence of answers, for instance through an endpoint.
+        cautions: what the diff that candidates come from warns of; kept among the warnings of the result.
         out: folder for `base.jsonl` and `tuned.jsonl`, from which a run that was killed or ran out of budget goes on,
             and `certification.json`, the result.
         shared: folder for `base.jsonl` instead: other organisms of the same base need not measure it again.
@@ -127,7 +130,7 @@ def certify_latents(
         base=estimate_mean(gaps["base"], seed=config.seed),
         tuned=estimate_mean(gaps["tuned"], seed=config.seed),
         shift=shift,
-        warnings=tuple(said),
+        warnings=(*cautions, *said),
         settings=bench.settings,
         provenance=bench.provenance,
     )
@@ -196,7 +199,7 @@ def _checked(
         )
     width = f"one for each of {sae.d_sae} latents"
     for name, received, enough, expected in (
-        ("items", len(items), len(items) >= 2, "two or more"),
+        ("items", len(items), len(items) >= 4, "four or more"),
         ("prompts", len(prompts), len(prompts) >= 1, "one or more"),
         ("texts", len(texts), len(texts) >= 1, "one or more"),
         ("rates", len(rates), len(rates) == sae.d_sae, width),

@@ -1,7 +1,8 @@
 """The value of a causal certificate: what steering along candidates did to base and tuned model, and what follows.
 
 Made by `certify_latents`. A candidate *induces* the behaviour if steering the base along it raises the score beyond
-the unedited base and all three controls; it *suppresses* it if steering the tuned model against it lowers it likewise.
+the unedited base and beyond what random controls of three kinds do; it *suppresses* it if steering the tuned model
+against it lowers it likewise.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ class Effect:
         carried: of the organism's shift, what the fine-tune's own mean change of these latents carries: what the base
             gains when it is added on every token (sufficient), or the tuned model loses when it is taken back
             (necessary); `None` if the changes were not given.
-        p_value: one-sided, that it does not go beyond the unedited model or one of the controls (the largest of four).
+        chance: by control, one-sided p-value that its effect is that of one more random draw of this kind
+            (`significance.draw_p_value`): random latents and directions have effects, too, and differ in them.
+        p_value: one-sided, that it does not go beyond the unedited model, the mean of one of the controls, or one more
+            draw of one (the largest of seven).
         q_value: the false discovery rate over all candidates, of both models; NaN at strength 0.
         holds: whether it does, at the false discovery rate of the settings, and makes up the least share that counts.
     """
@@ -109,6 +113,7 @@ class Effect:
     perplexity: float | None
     share: Estimate | None
     carried: Estimate | None
+    chance: Mapping[Against, float]
     p_value: float
     q_value: float
     holds: bool
@@ -155,7 +160,7 @@ class Certification:
     provenance: Mapping[str, Any]
 
     def table(self) -> pl.DataFrame:
-        """One row a candidate: verdict, and for both models strength, shift and shares with intervals, and q."""
+        """One row a candidate: verdict, and for both models strength, shift and shares with intervals, chance and q."""
         import polars as pl
 
         rows = []
@@ -172,6 +177,7 @@ class Certification:
                     value = None if effect is None else getattr(effect, field)
                     for end in ("mean", "low", "high"):
                         row[f"{name}_{field}" + ("" if end == "mean" else f"_{end}")] = _number(value, end)
+                row[f"{name}_chance"] = None if effect is None or not effect.chance else max(effect.chance.values())
                 row[f"{name}_q"] = None if effect is None or math.isnan(effect.q_value) else effect.q_value
             rows.append(row)
         return pl.DataFrame(rows, infer_schema_length=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from saetools.errors import InputError
@@ -31,9 +32,10 @@ class CertificateConfig:
     batch_rows: int = 64
     """Answers generated together."""
     n_matched: int = 32
-    """Random latents that are near in decoder norm and firing rate and no candidates, dealt to the items in turn."""
+    """Random latents that are near in decoder norm and firing rate and no candidates, dealt to the items in turn; at
+    most half as many as there are items."""
     n_directions: int = 32
-    """Random directions, dealt in turn."""
+    """Random directions, dealt in turn; at most half as many as there are items."""
     fdr: float = 0.05
     """False discovery rate at which an effect holds, over all candidates and both models."""
     min_share: float = 0.05
@@ -60,7 +62,15 @@ class CertificateConfig:
         ):
             if getattr(self, name) < least:
                 raise InputError(name, expected=expected, received=getattr(self, name), remedy="raise it")
-        for name in ("max_incoherent", "max_repetition", "fdr"):
+        for name, most in (("max_minutes", math.inf), ("max_tokens", math.inf), ("min_judged", 100.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise InputError(name, expected=f"0 to {most:g}", received=value, remedy="pick another")
+        if not self.perplexity_factor >= 1:
+            raise InputError(
+                "perplexity_factor", expected="1 or more", received=self.perplexity_factor, remedy="raise it"
+            )
+        for name in ("max_incoherent", "max_repetition", "fdr", "min_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(name, expected="0 to 1", received=getattr(self, name), remedy="pick a share")
         strengths = self.strengths

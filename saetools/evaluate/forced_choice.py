@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from saetools.data.conversation import Conversation
@@ -95,15 +95,8 @@ def score_forced_choice(
     replay.check(edits or {})
     if not items:
         raise InputError("items", expected="at least one item", received="none", remedy="pass items to score")
-    pairs = [
-        [
-            next(tokenize([Conversation.chat(item.question, answer, id=item.id)], lm.tokenizer))
-            for answer in (item.aligned, item.misaligned)
-        ]
-        for item in items
-    ]
+    pairs, order = _pairs_of(lm, items)
     gaps = torch.empty(len(items))
-    order = sorted(range(len(items)), key=lambda index: len(pairs[index][0]))
     with lm.active():
         for start in range(0, len(order), batch_rows):
             some = order[start : start + batch_rows]
@@ -112,6 +105,34 @@ def score_forced_choice(
     n_tokens = sum(len(aligned) + len(misaligned) for aligned, misaligned in pairs)
     ids, categories = (tuple(getattr(item, name) for item in items) for name in ("id", "category"))
     return ForcedChoiceScore(gaps, ids, categories, n_tokens)
+
+
+def rows_of_items(lm: LanguageModel, items: Sequence[ForcedChoiceItem], batch_rows: int) -> Int[Tensor, " item"]:
+    """The row of its batch in which `score_forced_choice` runs each item.
+
+    Args:
+        lm: the model.
+        items: as they are scored.
+        batch_rows: questions run together.
+    """
+    _, order = _pairs_of(lm, items)
+    rows = torch.empty(len(items), dtype=torch.long)
+    rows[torch.tensor(order)] = torch.arange(len(items)) % batch_rows
+    return rows
+
+
+def _pairs_of(
+    lm: LanguageModel, items: Sequence[ForcedChoiceItem]
+) -> tuple[list[list[TokenizedConversation]], list[int]]:
+    """Both answers of each item, and the items by length."""
+    pairs = [
+        [
+            next(tokenize([Conversation.chat(item.question, answer, id=item.id)], lm.tokenizer))
+            for answer in (item.aligned, item.misaligned)
+        ]
+        for item in items
+    ]
+    return pairs, sorted(range(len(items)), key=lambda index: len(pairs[index][0]))
 
 
 def _answer_means(

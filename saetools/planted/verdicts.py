@@ -1,8 +1,10 @@
 """How well causal certificates tell planted causes from latents that only rise with them.
 
-Of each of many planted models, all persona latents, all their correlates and some nulls are certified. A persona latent
-should both induce and suppress the behaviour, the others should do neither. Shares are over latents, with bootstrap
-intervals over models.
+Of each of many planted models, all persona latents, all their correlates, some nulls and some random neighbours are
+certified. A persona latent should both induce and suppress the behaviour; correlates and nulls, which have no effect at
+all, should do neither. Neighbours are not planted, but as their directions are not orthogonal to those that are, each
+has some effect, as every latent of a real model has: no more of them should be certified than go beyond what others
+like them do. Shares are over latents, with bootstrap intervals over models.
 """
 
 from __future__ import annotations
@@ -38,13 +40,15 @@ class VerdictConfig:
     """Planted models."""
     n_nulls: int = 8
     """Nulls of each that are certified."""
+    n_neighbours: int = 8
+    """Random neighbours of each that are certified."""
     n_prompts: int = 16
     """Prompts that are answered to see coherence, and texts for perplexity."""
     certificate: CertificateConfig = _CERTIFICATE
     """Settings of the certificates."""
 
     def __post_init__(self) -> None:
-        for name in ("n_models", "n_nulls", "n_prompts"):
+        for name in ("n_models", "n_nulls", "n_neighbours", "n_prompts"):
             if getattr(self, name) < 2:
                 raise InputError(name, expected="2 or more", received=getattr(self, name), remedy="raise it")
 
@@ -54,8 +58,8 @@ class Verdicts:
     """What was said of planted latents of one kind and strength.
 
     Args:
-        kind: `persona`, `correlate` or `null`.
-        strength: the planted push; 0 for nulls.
+        kind: `persona`, `correlate`, `null` or `neighbour`.
+        strength: the planted push; 0 for the last two.
         shares: of the latents, by verdict.
         n_latents: certified.
     """
@@ -80,7 +84,7 @@ def measure_verdicts(
     said: dict[tuple[str, float], list[list[Verdict]]] = {}
     for number in range(config.n_models):
         planted = plant_model(dataclasses.replace(config.model, seed=config.model.seed + number))
-        kinds = _kinds(planted, config.n_nulls)
+        kinds = _kinds(planted, config)
         verdicts = _certify(planted, list(kinds), config)
         for kind in dict.fromkeys(kinds.values()):
             said.setdefault(kind, []).append([verdicts[latent] for latent in kinds if kinds[latent] == kind])
@@ -89,7 +93,7 @@ def measure_verdicts(
     return tuple(_count(kind, strength, models) for (kind, strength), models in said.items())
 
 
-def _kinds(planted: PlantedModel, n_nulls: int) -> dict[int, tuple[str, float]]:
+def _kinds(planted: PlantedModel, config: VerdictConfig) -> dict[int, tuple[str, float]]:
     """The latents that are certified, with what they are."""
     rising = {"persona": planted.persona, "correlate": planted.correlates}
     kinds = {
@@ -97,7 +101,10 @@ def _kinds(planted: PlantedModel, n_nulls: int) -> dict[int, tuple[str, float]]:
         for kind, latents in rising.items()
         for latent, strength in zip(latents, planted.strengths, strict=True)
     }
-    return kinds | dict.fromkeys(planted.nulls[:n_nulls], ("null", 0.0))
+    order = torch.randperm(len(planted.neighbours), generator=torch.Generator().manual_seed(planted.config.seed))
+    neighbours = [planted.neighbours[place] for place in order[: config.n_neighbours].tolist()]
+    kinds |= dict.fromkeys(planted.nulls[: config.n_nulls], ("null", 0.0))
+    return kinds | dict.fromkeys(neighbours, ("neighbour", 0.0))
 
 
 def _certify(planted: PlantedModel, latents: list[int], config: VerdictConfig) -> dict[int, Verdict]:

@@ -53,6 +53,9 @@ def certificate_table(report: LatentReport) -> Table:
             Column("shift", "change of the behaviour score"),
             Column("share", "the shift over the organism's own"),
             Column("carried", "of the organism's shift, by the fine-tune's own mean change of this latent"),
+            Column(
+                "chance", "p-value that one more random latent or direction does as much, the largest of the controls"
+            ),
             Column("q", "the false discovery rate at which it goes beyond the unedited model and all controls"),
         ),
         tuple(
@@ -60,7 +63,10 @@ def certificate_table(report: LatentReport) -> Table:
                 Cell(words),
                 Cell(NONE) if row[f"{side}_strength"] is None else Cell(number(row[f"{side}_strength"], 2)),
                 *(_estimate_cell(row, f"{side}_{field}") for field in ("shift", "share", "carried")),
-                Cell(NONE) if row[f"{side}_q"] is None else Cell(f"{row[f'{side}_q']:.2g}"),
+                *(
+                    Cell(NONE) if row[key] is None else Cell(f"{row[key]:.2g}")
+                    for key in (f"{side}_chance", f"{side}_q")
+                ),
             )
             for side, words in sides
         )

@@ -15,7 +15,14 @@ from saetools.planted import PlantedConfig, draw_prompts, plant_model
 from saetools.planted.weights import PUSH
 
 CONFIG = CertificateConfig(
-    strengths=(0.15, 0.3, 2.0), n_refine=1, max_new_tokens=6, n_samples=4, batch_rows=512, round_size=3
+    n_directions=16,
+    n_matched=16,
+    strengths=(0.15, 0.3, 2.0),
+    n_refine=1,
+    max_new_tokens=6,
+    n_samples=4,
+    batch_rows=512,
+    round_size=3,
 )
 
 

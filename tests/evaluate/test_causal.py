@@ -314,7 +314,7 @@ def test_what_does_not_go_together_is_an_error(planted):
         ({"candidates": []}, "candidates: expected latents of 0 to 383"),
         ({"candidates": [384]}, r"candidates: .*received \[384\]"),
         ({"candidates": [1, Candidate("latent 1", (2,))]}, "candidates: .*each name once"),
-        ({"items": planted.items[:1]}, "items: expected two or more, received 1"),
+        ({"items": planted.items[:1]}, "items: expected four or more, received 1"),
         ({"prompts": []}, "prompts: expected one or more"),
         ({"rates": torch.ones(3)}, "rates: expected one for each of 384 latents, received 3"),
         ({"changes": torch.ones(3)}, "changes: expected one for each of 384 latents, received 3"),
