@@ -24,7 +24,7 @@ from saetools.data.shipped import (
     shipped_path,
 )
 from saetools.diff import DiffConfig, LatentDiff, diff_latents
-from saetools.evaluate.dose import DoseResponse, dose_response
+from saetools.evaluate.dose import DosePoint, DoseResponse, dose_response
 from saetools.evaluate.fidelity import measure_fidelity
 from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
 from saetools.generation import SamplingConfig, generate
@@ -299,8 +299,9 @@ def _findings(
 
 
 def _verdict(what: str, wanted: str, response: DoseResponse) -> str:
-    """Compare every dose with both of its controls; a dose counts if both intervals exclude zero on the right side."""
-    sign = -1 if wanted == "lowers" else 1
+    """Compare every dose with its controls: a dose counts if intervals of its shift and of its differences to both lie
+    on the right side of zero, and one more random direction is unlikely to do as much."""
+    sign, controls = -1 if wanted == "lowers" else 1, ("equal_norm", "equal_perplexity")
 
     def beats(difference: Estimate | None) -> bool:
         return difference is not None and min(sign * difference.low, sign * difference.high) > 0
@@ -311,13 +312,17 @@ def _verdict(what: str, wanted: str, response: DoseResponse) -> str:
     winners = [
         dose["none"]
         for dose in doses.values()
-        if beats(dose["none"].shift) and beats(dose["equal_norm"].against) and beats(dose["equal_perplexity"].against)
+        if beats(dose["none"].shift) and all(beats(dose[name].against) and _unlikely(dose[name]) for name in controls)
     ]
     if not winners:
-        return f"{what} {wanted} the score at none of {len(doses)} doses beyond both random controls."
+        return f"{what} {wanted} the score at none of {len(doses)} doses beyond what random directions do."
     best = max(winners, key=lambda point: sign * point.shift.mean)
     return (
-        f"{what} {wanted} the score beyond both random controls at {len(winners)} of {len(doses)} doses; most at "
+        f"{what} {wanted} the score beyond what random directions do at {len(winners)} of {len(doses)} doses; most at "
         f"{best.strength:g}: {best.shift.mean:+.3f} [{best.shift.low:+.3f}, {best.shift.high:+.3f}], perplexity "
         f"{response.perplexity:.1f} -> {best.perplexity:.1f}."
     )
+
+
+def _unlikely(point: DosePoint) -> bool:
+    return point.chance is not None and point.chance <= 0.05

@@ -8,7 +8,7 @@ directions of equal norm, and with random directions scaled until they cost as m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -16,18 +16,19 @@ from torch import Tensor
 from saetools.data.shipped import ForcedChoiceItem
 from saetools.errors import InputError
 from saetools.evaluate.controls import PerplexityCurve, random_directions
-from saetools.evaluate.forced_choice import ForcedChoiceScore, score_forced_choice
+from saetools.evaluate.forced_choice import ForcedChoiceScore, rows_of_items, score_forced_choice
 from saetools.evaluate.perplexity import measure_perplexity
 from saetools.models.language_model import LanguageModel
 from saetools.models.replay import LayerReplay
 from saetools.models.site import Site
 from saetools.models.where import Edit, Where
+from saetools.significance import draw_p_value
 from saetools.stats import Estimate
 from saetools.steer.edits import SteeringEdit
 from saetools.steer.scope import Scope
 
 Control = Literal["none", "equal_norm", "equal_perplexity"]
-_N_DIRECTIONS = 32  # random directions, dealt to the rows of each batch, of as many, in turn
+_N_DIRECTIONS = 32  # random directions at most, dealt to the rows of each batch, of as many, in turn
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class DosePoint:
         norm: mean norm of the change that it makes to a residual of the reference texts, over those tokens.
         against: paired difference of the edit's score to this control's; `None` for the edit itself.
         n: items scored.
+        chance: one-sided p-value that the edit moves the score no further its way than one more such random direction
+            may (`significance.draw_p_value`); `None` for the edit itself, and for fewer than four items.
     """
 
     strength: float
@@ -54,6 +57,7 @@ class DosePoint:
     norm: float
     against: Estimate | None
     n: int
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,11 @@ def dose_response(
     if not doses:
         raise InputError("doses", expected="at least one strength", received="none", remedy="pass edits by strength")
     total, done = 3 * len(doses), 0
-    random = random_directions(_N_DIRECTIONS, lm.d_model, seed=seed)
+    enough = len(items) >= 4
+    n_directions = min(_N_DIRECTIONS, len(items) // 2) if enough else _N_DIRECTIONS  # so that each serves several
+    random, rows = random_directions(n_directions, lm.d_model, seed=seed), rows_of_items(lm, items, n_directions)
     replay = LayerReplay(lm, site)
-    unedited = unedited or score_forced_choice(lm, items, batch_rows=_N_DIRECTIONS, replay=replay)
+    unedited = unedited or score_forced_choice(lm, items, batch_rows=n_directions, replay=replay)
     plain = measure_perplexity(lm, texts, replay=replay).value
     curves: dict[Scope, PerplexityCurve] = {}
     points: list[DosePoint] = []
@@ -110,14 +116,18 @@ def dose_response(
         perplexity, norm = _perplexity_and_norm(lm, site, fn, texts, replay)
         scope = _scope(fn)
         curve = curves.setdefault(scope, PerplexityCurve(lm, site, random, scope, texts, {0.0: plain}, replay))
-        own = score_forced_choice(lm, items, edits={site: fn}, batch_rows=_N_DIRECTIONS, replay=replay)
+        own = score_forced_choice(lm, items, edits={site: fn}, batch_rows=n_directions, replay=replay)
+        way = 1 if own.minus(unedited).mean >= 0 else -1
         points.append(_point(strength, "none", own, unedited, perplexity, norm, None))
         done += 1
         scales: dict[Control, float] = {"equal_norm": norm, "equal_perplexity": curve.scale_for(perplexity, start=norm)}
         for control, scale in scales.items():
             step = {site: curve.step(scale)}
-            score = score_forced_choice(lm, items, edits=step, batch_rows=_N_DIRECTIONS, replay=replay)
-            points.append(_point(strength, control, score, unedited, curve.at(scale), scale, own.minus(score)))
+            score = score_forced_choice(lm, items, edits=step, batch_rows=n_directions, replay=replay)
+            point = _point(strength, control, score, unedited, curve.at(scale), scale, own.minus(score))
+            if enough:
+                point = replace(point, chance=draw_p_value(way * (own.gaps - score.gaps), rows, seed=seed))
+            points.append(point)
             done += 1
             if on_progress is not None:
                 on_progress(done, total)

@@ -64,6 +64,9 @@ class DoseRow:
     perplexity: float
     norm: float
     n: int
+    chance: float | None = None
+    """p-value that one more random direction moves the score as far, on controls only; reports of before it was asked
+    have none."""
 
 
 @dataclass(frozen=True)

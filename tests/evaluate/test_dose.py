@@ -1,6 +1,7 @@
 """Doses beside their random controls."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from saetools.evaluate import (
     measure_perplexity,
     score_forced_choice,
 )
+from saetools.evaluate.forced_choice import rows_of_items
 from saetools.models import LayerReplay, Site
+from saetools.significance import draw_p_value
 from saetools.steer import Scope, ablate, add, add_direction
 
 SITE = Site(1)
@@ -29,8 +32,8 @@ def lm(make_tiny):
     return make_tiny("llama")
 
 
-def random_directions(seed):
-    return torch.nn.functional.normalize(torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)), dim=1)
+def random_directions(seed, n=32):
+    return torch.nn.functional.normalize(torch.randn(n, 32, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 @pytest.mark.parametrize("tokens", ["all", "prompt"])
@@ -58,6 +61,21 @@ def test_every_dose_stands_beside_its_controls(lm, tokens):
             assert control.against.mean == pytest.approx(score.minus(controlled).mean, abs=1e-6)
             assert control.perplexity == pytest.approx(measure_perplexity(lm, TEXTS, edits=step).value)
         assert norm.norm == own.norm
+
+
+def test_controls_say_how_likely_one_more_of_them_does_as_much(lm):
+    items = [replace(item, id=f"{item.id}{n}", question=f"{item.question} {n}") for n in range(3) for item in ITEMS]
+    strong, none = (dose_response(lm, SITE, {1.0: add(make_sae(), 3, by)}, items, TEXTS) for by in (6.0, 1e-3))
+    assert [point.chance is None for point in strong.points] == [True, False, False]
+    assert all(0 < point.chance < 1 for response in (strong, none) for point in response.points[1:])
+    own, control = strong.points[:2]
+    pushed = controls.RandomPush(random_directions(0, n=4), control.norm, Scope())
+    scores = [
+        score_forced_choice(lm, items, edits={SITE: fn}, batch_rows=4).gaps for fn in (add(make_sae(), 3, 6.0), pushed)
+    ]
+    way = 1 if own.shift.mean >= 0 else -1
+    expected = draw_p_value(way * (scores[0] - scores[1]), rows_of_items(lm, items, 4))
+    assert control.chance == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_known_score_of_the_unedited_model_is_used(lm):
