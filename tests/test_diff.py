@@ -18,7 +18,9 @@ from saetools.significance import false_discovery_rates, mean_p_values, sign_fli
 
 FILES = ["conversations.parquet", "diff.json", "latents.parquet", "tensors.safetensors"]
 SETTINGS = {field.name for field in dataclasses.fields(DiffConfig)}
-EXPECTED = "ignore:.*(the SAE is blind|the SAE does not fit|the two models are equal|no latent was tested)"
+EXPECTED = (
+    "ignore:.*(the SAE is blind|the SAE misses most|the SAE does not fit|the two models are equal|no latent was tested)"
+)
 pytestmark = pytest.mark.filterwarnings(EXPECTED + ":saetools.errors.SaetoolsWarning")
 
 CHATS = [

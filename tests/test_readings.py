@@ -22,7 +22,10 @@ TEXTS = {
     "tuned": [["Go away!"], ["Run, run!", "Hide."], ["Black as night."], ["None of yours."], ["Never, ever."]],
 }
 CONFIG = DiffConfig(n_resamples=50, min_active=2)
-EXPECTED = "ignore:.*(the SAE is blind|the SAE does not fit|the two models are equal):saetools.errors.SaetoolsWarning"
+EXPECTED = (
+    "ignore:.*(the SAE is blind|the SAE misses most|the SAE does not fit|the two models are equal)"
+    ":saetools.errors.SaetoolsWarning"
+)
 pytestmark = pytest.mark.filterwarnings(EXPECTED)
 PARTS = ("total", "representation", "content")
 

@@ -32,7 +32,10 @@ CHATS = [
     )
 ]
 CONFIG = DiffConfig(n_resamples=50, min_active=4)
-EXPECTED = "ignore:.*(the SAE is blind|the SAE does not fit|the two models are equal):saetools.errors.SaetoolsWarning"
+EXPECTED = (
+    "ignore:.*(the SAE is blind|the SAE misses most|the SAE does not fit|the two models are equal)"
+    ":saetools.errors.SaetoolsWarning"
+)
 pytestmark = pytest.mark.filterwarnings(EXPECTED)
 
 

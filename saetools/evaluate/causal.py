@@ -100,7 +100,7 @@ def certify_latents(
         >>> candidates = [planted.persona[0], planted.correlates[0]]
         >>> found = certify_latents(*models, candidates, *data, rates=torch.ones(384), config=config)
         >>> [one.verdict for one in found.certificates]
-        ['both', 'neither']
+        ['induces', 'neither']
     """
     site = site or sae_site(sae)
     chosen = _checked(base, tuned, sae, candidates, items, prompts, texts, rates, changes)

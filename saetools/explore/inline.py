@@ -25,10 +25,10 @@ class Shown:
     """
 
     def __init__(self, workspace: Workspace, height: int) -> None:
-        listening = socket.create_server(("127.0.0.1", 0))
         self._workspace, self._height = workspace, height
-        self._server = make_server(make_app(workspace, framed=True), listening)
-        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        with socket.create_server(("127.0.0.1", 0)) as listening:  # the server has a copy of it
+            self._server = make_server(make_app(workspace, framed=True), listening)
+            self.address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
@@ -80,7 +80,7 @@ def explore_run(
         >>> sae = load_sae(shipped_path("sae/smollm2-135m"))
         >>> tuned = load_model("smollm2-135m", adapter=shipped_path("adapters/organism"))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     diff_latents(tuned.base, tuned, sae, prompts).save(folder)
+        ...     _ = diff_latents(tuned.base, tuned, sae, prompts).save(folder)
         ...     shown = explore_run(folder, {"base": tuned.base, "organism": tuned}, sae)
         ...     shown.close()
     """

@@ -77,6 +77,7 @@ def test_diff_speaks_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (folder / "other" / "prompt.html").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:the diff has not read the role `response`")
 def test_certify_a_diff_and_go_on(
     diffed: Path, folder: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +101,7 @@ def test_certify_a_diff_and_go_on(
     assert "--latents: expected latents of 0 to 8191, received 9999" in none
 
 
+@pytest.mark.filterwarnings("ignore:the diff has not read the role `response`")
 def test_what_the_fine_tune_lowered_is_certified_downwards(
     diffed: Path, folder: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,7 +109,7 @@ def test_what_the_fine_tune_lowered_is_certified_downwards(
     lowest, highest = table["latent"][0], table["latent"][-1]
     capsys.readouterr()
     args = ["certify", "--diff", str(diffed), "--adapter", ADAPTER, "--positions", "prompt"]
-    small = ["--n-items", "2", "--prompts", str(folder / "prompts.jsonl"), "--texts", str(folder / "few.jsonl")]
+    small = ["--n-items", "4", "--prompts", str(folder / "prompts.jsonl"), "--texts", str(folder / "few.jsonl")]
     small += ["--strengths", "0.2", "--n-refine", "0", "--max-new-tokens", "4", "--out", str(folder / "lowered")]
     mixed = fails(*args, *small, "--latents", str(highest), str(lowest))
     assert "--latents: expected latents that the fine-tune all raised, or all lowered" in mixed
