@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ PEERS = {
     "eai-sparsify": (("torch",), "eai-sparsify==1.3.3", "sparsify"),
     "nnsight": (("torch", "transformers"), "nnsight==0.8.1", "nnsight"),
     "repeng": (("torch",), "repeng==0.4.0 transformers==4.57.6 accelerate", "repeng"),
+    "sae-dashboard": (("torch",), "sae-dashboard==0.8.0 pyarrow==20.0.0", "sae_dashboard.sae_vis_runner"),
     "steering-vectors": (("torch",), "steering-vectors==0.12.2 transformers==4.57.6", "steering_vectors"),
 }
 
@@ -38,6 +41,24 @@ def python_of(peer: str) -> Path:
         _run(str(python), "-c", f"import {module}")
         marker.write_text(wanted, encoding="utf-8")
     return python
+
+
+def for_older_transformers(model: Path, folder: Path) -> Path:
+    """A copy of a model that transformers 4 reads too: config and tokenizer config say the same in older words.
+
+    Args:
+        model: folder of a Llama in the format of transformers 5.
+        folder: where to; there must be none yet.
+    """
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["rope_theta"] = config.get("rope_parameters", {}).get("rope_theta", config.get("rope_theta"))
+    config["torch_dtype"] = config.get("dtype", "float32")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return folder
 
 
 def _pinned(package: str) -> str:

@@ -23,22 +23,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import made_up
 import results
 import torch
 from machine import describe_machine
 
-from saetools.data import Role, TokenizedConversation
 from saetools.latents import LatentStore, write_latents
 from saetools.sae.sparse import TokenMajorPairs
 
 MODELS = ("base", "tuned")
-DATASETS = ("chat", "code", "news", "web")
-DOCUMENT = 512  # tokens
-N_DENSE = 8  # latents that fire on half of the tokens
-SLOTS = 28  # latents a token besides those: 32 on average
-EXPONENT = 1.5
-"""Of the rates of the others, which fall from 40 % to below one token in ten thousand."""
-VOCABULARY = 49_152
 LIMIT = 0.05
 WORKER = Path(__file__).with_name("workers") / "open_latent.py"
 
@@ -60,7 +53,7 @@ def main() -> None:
             "tokens": arguments.tokens,
             "d_sae": arguments.d_sae,
             "models": len(MODELS),
-            "active_a_token": SLOTS + N_DENSE / 2,
+            "active_a_token": made_up.SLOTS + made_up.N_DENSE / 2,
             "threads": arguments.threads,
         },
         "machine": machine,
@@ -77,14 +70,17 @@ def main() -> None:
 
 def _build(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the store; what making up the pairs takes is not counted."""
-    documents = _documents(arguments.tokens)
+    documents = made_up.documents(arguments.tokens)
     spent = {"pairs": 0.0}
     marks: list[float] = []
 
     def read(some: range) -> dict[str, TokenMajorPairs]:
         start = time.perf_counter()
         n = sum(len(documents[one]) for one in some)
-        found = {model: _pairs(n, arguments.d_sae, seed=2 * some.start + number) for number, model in enumerate(MODELS)}
+        found = {
+            model: made_up.pairs(n, arguments.d_sae, seed=2 * some.start + number)
+            for number, model in enumerate(MODELS)
+        }
         spent["pairs"] += time.perf_counter() - start
         return found
 
@@ -100,7 +96,7 @@ def _build(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             read,
             models=MODELS,
             directions=directions,
-            vocabulary=[f" {token}".encode() for token in range(VOCABULARY)],
+            vocabulary=[f" {token}".encode() for token in range(made_up.VOCABULARY)],
             provenance={},
             on_progress=lambda done, total: marks.append(time.perf_counter()),
         )
@@ -144,7 +140,7 @@ def _opening(path: Path, arguments: argparse.Namespace) -> dict[str, dict[str, A
             "latents": len(latents),
             "active_tokens": [min(n_active), max(n_active)],
         },
-        "warm, the dense ones": _summary(warm[:N_DENSE]),
+        "warm, the dense ones": _summary(warm[: made_up.N_DENSE]),
     }
     del store  # what a process has mapped stays in the page cache
     few = latents[:: max(1, len(latents) // arguments.processes)]
@@ -174,42 +170,9 @@ def _summary(seconds: list[float]) -> dict[str, Any]:
 
 def _chosen(d_sae: int, n: int) -> list[int]:
     """The dense latents, then others from the most to the least active."""
-    others = torch.linspace(N_DENSE, N_DENSE + SLOTS * ((d_sae - N_DENSE) // SLOTS) - 1, n - N_DENSE)
-    return [*range(N_DENSE), *others.long().tolist()]
-
-
-def _documents(n_tokens: int) -> list[TokenizedConversation]:
-    """Documents of random tokens with Zipf's rates; half of each is a prompt."""
-    generator = torch.Generator().manual_seed(0)
-    weights = 1 / (torch.arange(VOCABULARY) + 2.7)
-    roles = torch.full((DOCUMENT,), int(Role.RESPONSE), dtype=torch.uint8)
-    roles[: DOCUMENT // 2] = int(Role.PROMPT)
-    return [
-        TokenizedConversation(
-            torch.multinomial(weights, DOCUMENT, replacement=True, generator=generator),
-            roles,
-            id=f"document-{number}",
-            source=DATASETS[number * len(DATASETS) // -(-n_tokens // DOCUMENT)],
-        )
-        for number in range(-(-n_tokens // DOCUMENT))
-    ]
-
-
-def _pairs(n_tokens: int, d_sae: int, *, seed: int) -> TokenMajorPairs:
-    """Random latents of some documents: the dense ones, and one of each residue class with Zipf's rates."""
-    generator = torch.Generator().manual_seed(seed)
-    n_ranks = (d_sae - N_DENSE) // SLOTS
-    limits = (1 / torch.arange(1, n_ranks + 1) ** EXPONENT).cumsum(0)
-    drawn = torch.rand(n_tokens, SLOTS, generator=generator) * limits[-1]
-    ranks = torch.searchsorted(limits, drawn).clamp_(max=n_ranks - 1)
-    sparse = N_DENSE + ranks * SLOTS + torch.arange(SLOTS)
-    latents = torch.cat([torch.arange(N_DENSE).expand(n_tokens, -1), sparse], 1)
-    active = torch.ones(latents.shape, dtype=torch.bool)
-    active[:, :N_DENSE] = torch.rand(n_tokens, N_DENSE, generator=generator) < 0.5
-    active[::DOCUMENT] = False
-    tokens, slots = active.nonzero(as_tuple=True)
-    values = torch.rand(len(tokens), generator=generator).clamp_min_(1e-6).log_().neg_().add_(0.01)
-    return TokenMajorPairs(tokens, latents[tokens, slots], values, n_tokens)
+    n_dense, slots = made_up.N_DENSE, made_up.SLOTS
+    others = torch.linspace(n_dense, n_dense + slots * ((d_sae - n_dense) // slots) - 1, n - n_dense)
+    return [*range(n_dense), *others.long().tolist()]
 
 
 @contextmanager
