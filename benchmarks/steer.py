@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 
 import results
 from activations import MODEL, SITE
-from environments import python_of
+from environments import for_older_transformers, python_of
 from interleave import Contestant, Record, interleave
 from machine import describe_machine
 
@@ -58,7 +57,7 @@ def main() -> None:
             "threads": arguments.threads,
             "seconds": "of one batch of answers; of a sweep, all strengths",
             "ratios": "of peer to ours within each round, medians",
-            "equal": "whether all tokens are those of the bare hook in this version of transformers",
+            "equal": "whether all tokens, to where an answer ends, are the bare hook's in this version of transformers",
         },
         machine=machine,
     )
@@ -134,6 +133,7 @@ def _prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from workers.steer.task import Hook, Task
 
     from saetools import Conversation, load_advice, load_free_form, load_model, load_sae, shipped_path
+    from saetools.decoding import end_tokens
     from saetools.generation import tokenize_prompts
     from saetools.models.builtin import fetch_builtin
 
@@ -153,9 +153,10 @@ def _prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     np.save(folder / "vector.npy", (0.2 * sae.metadata.median_norm * direction).numpy())
     task = {
         "model": str(model),
-        "older_model": str(_for_older_transformers(model, folder / "model")),
+        "older_model": str(for_older_transformers(model, folder / "model")),
         "layer": LAYER,
         "n_new": arguments.new_tokens,
+        "end_tokens": sorted(end_tokens(lm)),
         "prompt_tokens": length,
         "prompts": str(folder / "prompts.npy"),
         "questions": [questions[number] for number in chosen],
@@ -174,16 +175,6 @@ def _prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         with torch.inference_mode():
             np.save(path, plain.generate(one.token_ids, **one.options()).numpy())
     return task
-
-
-def _for_older_transformers(model: Path, folder: Path) -> Path:
-    """The same weights, with a config that transformers 4 reads too."""
-    shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["rope_theta"] = config.get("rope_parameters", {}).get("rope_theta", config.get("rope_theta"))
-    config["torch_dtype"] = config.get("dtype", "float32")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
 
 
 def _compared(records: list[Record]) -> dict[str, dict[str, Any]]:
@@ -225,7 +216,9 @@ def _sweeps_compared(records: list[Record]) -> dict[str, dict[str, Any]]:
 def _equal(records: list[Record]) -> dict[str, dict[str, Any]]:
     """Per contestant, whether its answers are those of the bare hook."""
     return {
-        record.contestant.name: {key: record.facts[key] for key in ("equal", "equal_tokens") if key in record.facts}
+        record.contestant.name: {
+            key: record.facts[key] for key in ("equal", "equal_tokens", "n_tokens") if key in record.facts
+        }
         for record in records
         if record.error is None
     }

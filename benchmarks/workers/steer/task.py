@@ -53,14 +53,17 @@ class Task:
         }
 
     def quality(self, token_ids: Tensor) -> dict[str, Any]:
-        """How much of the answers is that of the bare hook.
+        """How much of the answers is that of the bare hook, up to where one ends: the hook's `generate` may not end.
 
         Args:
-            token_ids: [row, pos], prompts included.
+            token_ids: [row, pos], prompts included; -1 after the end of an answer.
         """
-        reference = torch.from_numpy(np.load(self.settings["reference"]))[: len(self.token_ids)]
-        same = token_ids[:, -self.n_new :] == reference[:, -self.n_new :]
-        return {"equal": bool(same.all()), "equal_tokens": float(same.float().mean())}
+        reference = torch.from_numpy(np.load(self.settings["reference"]))[: len(self.token_ids), -self.n_new :]
+        answers = token_ids[:, -self.n_new :]
+        ends = torch.tensor([-1, *self.settings["end_tokens"]])
+        going = torch.isin(answers, ends).cumsum(1) == 0
+        same = answers[going] == reference[going]
+        return {"equal": bool(same.all()), "equal_tokens": float(same.float().mean()), "n_tokens": len(same)}
 
 
 class Hook:
