@@ -8,6 +8,7 @@ texts. A latent in the shared core is common to the fine-tunes, which may be the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,28 +217,26 @@ def _differences(diffs: Sequence[LatentDiff], changed: Tensor) -> Float[Tensor, 
     """
     d_sae = changed.shape[1]
     alone = changed.sum(0) == 1
-    p_values = torch.full((d_sae,), math.nan, dtype=torch.double)
+    q_values = torch.full((d_sae,), math.nan, dtype=torch.double)
     if len({one.provenance["data_sha256"] for one in diffs}) > 1:
-        return p_values
+        return q_values
+    seen = torch.cat([one.conversations["conversation"].to_torch().long() for one in diffs])
+    n = 1 + int(seen.max()) if len(seen) else 1
     parts = []
     for one in diffs:
         rows = one.conversations
         units, latents = rows["conversation"].to_torch().long(), rows["latent"].to_torch().long()
-        parts.append((units, latents, (rows["tuned"] - rows["base"]).to_torch().double()))
-    for place in range(len(diffs)):
-        own = alone & changed[place]
-        worst = torch.zeros(d_sae, dtype=torch.double)
-        for other in range(len(diffs)):
-            if other != place:
-                (units, latents, mine), (other_units, other_latents, theirs) = parts[place], parts[other]
-                n = 1 + max([0, *units.tolist(), *other_units.tolist()])
-                keys = torch.cat([latents * n + units, other_latents * n + other_units])
-                found, index = torch.unique(keys, return_inverse=True)
-                values = torch.zeros(len(found), dtype=torch.double).index_add_(0, index, torch.cat([mine, -theirs]))
-                worst = torch.maximum(worst, mean_p_values(values, found // n, d_sae))
-        p_values[own] = worst[own]
-    q_values = p_values.clone()
-    q_values[alone] = false_discovery_rates(p_values[alone])
+        parts.append((latents * n + units, (rows["tuned"] - rows["base"]).to_torch().double()))
+    worst = torch.zeros(changed.shape, dtype=torch.double)
+    for pair in itertools.combinations(range(len(diffs)), 2):
+        (keys, mine), (other_keys, theirs) = (parts[place] for place in pair)
+        found, index = torch.unique(torch.cat([keys, other_keys]), return_inverse=True)
+        values = torch.zeros(len(found), dtype=torch.double).index_add_(0, index, torch.cat([mine, -theirs]))
+        p_values = mean_p_values(values, found // n, d_sae)
+        for place in pair:
+            worst[place] = torch.maximum(worst[place], p_values)
+    own = worst.gather(0, changed.int().argmax(0, keepdim=True))[0]
+    q_values[alone] = false_discovery_rates(own[alone])
     return q_values
 
 

@@ -301,7 +301,8 @@ def _findings(
 def _verdict(what: str, wanted: str, response: DoseResponse) -> str:
     """Compare every dose with its controls: a dose counts if intervals of its shift and of its differences to both lie
     on the right side of zero, and one more random direction is unlikely to do as much."""
-    sign, controls = -1 if wanted == "lowers" else 1, ("equal_norm", "equal_perplexity")
+    sign = -1 if wanted == "lowers" else 1
+    controls = ("equal_norm", "equal_perplexity")
 
     def beats(difference: Estimate | None) -> bool:
         return difference is not None and min(sign * difference.low, sign * difference.high) > 0

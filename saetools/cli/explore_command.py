@@ -66,23 +66,23 @@ class Explore:
     def _workspace(self) -> Workspace:
         from saetools.explore import Sources, Workspace
 
-        sources = Sources.find(Path(self.run_folder), self.organism)
+        run = Sources.find(Path(self.run_folder), self.organism)
         if self.no_models:
-            return Workspace(sources)
-        models = self._pair(sources).voices()
+            return Workspace(run)
+        models = self._pair(run).voices()
         sae, site = self.sources.sae.load(models["base"])
-        return Workspace(sources, models, sae, site, self.sources.sae.sae, self.sources.folders())
+        return Workspace(run, models, sae, site, self.sources.sae.sae, self.sources.folders())
 
-    def _pair(self, sources: Sources) -> PairOptions:
+    def _pair(self, run: Sources) -> PairOptions:
         """The models asked for; where none are, a run of the demo has its own."""
         from saetools.data import shipped_path
         from saetools.demo import ORGANISM
         from saetools.report import PersonaReport
 
         asked = self.models
-        if sources.report is None or asked.tuned is not None or asked.model.adapter:
+        if run.report is None or asked.tuned is not None or asked.model.adapter:
             return asked
-        made_by = str(PersonaReport.from_json(sources.report).provenance.get("command", ""))
+        made_by = str(PersonaReport.from_json(run.report).provenance.get("command", ""))
         if not made_by.startswith("saetools demo"):
             return asked
         return replace(asked, model=replace(asked.model, adapter=(f"organism={shipped_path(ORGANISM)}",)))

@@ -281,7 +281,7 @@ def _on_map(app: Dash, explorer: Explorer) -> None:
         if not n_clicks:
             return no_update, no_update
         explorer.neighbourhoods.cancel()
-        return atlas.COMPONENTS, choices([atlas.COMPONENTS, atlas.UMAP], atlas.COMPONENTS)
+        return atlas.COMPONENTS, choices(list(atlas.AXES), atlas.COMPONENTS)
 
 
 def _on_playground(app: Dash, explorer: Explorer) -> None:

@@ -14,7 +14,7 @@ from saetools.explore.page import Component, choice, heading, roles
 from saetools.explore.workspace import Workspace
 
 COMPONENTS, UMAP = "principal components", "UMAP"
-_AXES = {COMPONENTS: ("first component", "second component"), UMAP: ("UMAP 1", "UMAP 2")}
+AXES = {COMPONENTS: ("first component", "second component"), UMAP: ("UMAP 1", "UMAP 2")}
 _COLOURS = {"change": "delta", "density": "rate_base", "label": "label"}
 
 
@@ -23,7 +23,7 @@ def layout(workspace: Workspace, role: str | None) -> list[Component]:
     if workspace.sae is None:
         return [*heading("Map"), html.P("The map needs the SAE: start the explorer with models.")]
     options = [name for name, column in _COLOURS.items() if column in workspace.rows(role).columns]
-    by = choice("layout", "Places by", list(_AXES), COMPONENTS)
+    by = choice("layout", "Places by", list(AXES), COMPONENTS)
     return [
         *heading("Map", "Decoder rows in the plane. Click a dot to open its latent."),
         *roles(workspace, role, "/map"),
@@ -78,6 +78,6 @@ def figure(
         },
     )
     drawn = styled(go.Figure(dots), height=620)
-    x, y = _AXES[layout]
+    x, y = AXES[layout]
     drawn.update_layout(xaxis_title=x, yaxis_title=y)
     return drawn

@@ -19,7 +19,7 @@ _TEXTS: Mapping[str, tuple[str, Callable[[PersonaReport], str]]] = {
     "markdown": ("report.md", render_markdown),
 }
 _TABLES = ("parquet", "csv")
-RUN_FORMATS = (*_TEXTS, *_TABLES)
+_FORMATS = (*_TEXTS, *_TABLES)
 
 
 def write_report(
@@ -40,18 +40,18 @@ def write_report(
     Raises:
         InputError: for an unknown format, or if `out` is a file.
     """
-    unknown = [name for name in formats if name not in RUN_FORMATS]
+    unknown = [name for name in formats if name not in _FORMATS]
     if unknown or not formats:
-        expected = f"some of {', '.join(RUN_FORMATS)}"
+        expected = f"some of {', '.join(_FORMATS)}"
         raise InputError("formats", expected=expected, received=unknown or "none", remedy="name these only")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError("out", expected="a folder", received=f"the file {out}", remedy="pass a folder")
     texts = {name: _TEXTS[name][1](report) for name in formats if name in _TEXTS}
     paths = {name: out / _TEXTS[name][0] for name in texts}
-    frames = {
-        f"{name}.{kind}": frame for kind in formats if kind in _TABLES for name, frame in run_frames(report).items()
-    }
+    kinds = [kind for kind in formats if kind in _TABLES]
+    figures = run_frames(report) if kinds else {}
+    frames = {f"{name}.{kind}": frame for kind in kinds for name, frame in figures.items()}
     paths |= {name: out / f"report-{name}" for name in frames}
     out.mkdir(parents=True, exist_ok=True)
     temporary = {name: path.with_name(f".{path.name}.{os.getpid()}.tmp") for name, path in paths.items()}
