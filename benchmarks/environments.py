@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -22,13 +23,15 @@ PEERS = {
 
 
 def python_of(peer: str) -> Path:
-    """The interpreter of a peer's environment, which is made or completed first if need be.
+    """The interpreter of a peer's environment, which is made or completed first if need be; ours if that has the peer.
 
     A marker is written last and holds what was installed: an environment without it, or with another one, is not used
     as it is.
     """
     folder = HERE / ".envs" / peer
     ours, requirement, module = PEERS[peer]
+    if importlib.util.find_spec(module.partition(".")[0]):
+        return Path(sys.executable)
     wanted = "\n".join([*map(_pinned, ours), requirement, ""])
     marker, python = folder / "complete.txt", folder / "bin" / "python"
     if not marker.is_file() or marker.read_text(encoding="utf-8") != wanted:

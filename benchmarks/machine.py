@@ -12,9 +12,10 @@ import psutil
 N_CORES = os.cpu_count() or 1
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and how busy the machine is now."""
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, memory and how busy the machine is now; the GPU, where that is measured."""
     return {
+        **(_describe_gpu() if device == "cuda" else {}),
         "cpu": _first("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": N_CORES,
         "bf16_instructions": bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_first("/proc/cpuinfo", "flags").split())),
@@ -22,6 +23,12 @@ def describe_machine() -> dict[str, Any]:
         "system": platform.system(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def _describe_gpu() -> dict[str, Any]:
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "torch": torch.__version__}
 
 
 def busy_seconds() -> float:

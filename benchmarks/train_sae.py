@@ -1,6 +1,7 @@
-"""Seconds per training step of a TopK SAE on a CPU: saetools, SAELens, dictionary_learning and sparsify.
+"""Seconds per training step of a TopK SAE on a CPU or a GPU: saetools, SAELens, dictionary_learning and sparsify.
 
     python benchmarks/train_sae.py --json results.json
+    python benchmarks/train_sae.py --device cuda --json results.json
 
 Run it by the interpreter of the environment that holds saetools; README.md says what is measured and how.
 """
@@ -21,6 +22,7 @@ from workers.train_sae.task import N_BATCHES
 
 LR = 3e-4
 STEPS_PER_TURN = 3
+GPU_STEPS_PER_TURN = 50
 
 
 def main() -> None:
@@ -29,18 +31,20 @@ def main() -> None:
     n_tokens = (N_BATCHES + 1) * arguments.batch
     path = arguments.activations or harvested(n_tokens)
     d_model = _checked_width(path, n_tokens)
-    machine = describe_machine()
-    field = contestants({**shape, "activations": str(path.resolve()), "lr": LR})
+    machine = describe_machine(arguments.device)
+    field = contestants({**shape, "activations": str(path.resolve()), "lr": LR, "device": arguments.device})
+    steps = GPU_STEPS_PER_TURN if arguments.device == "cuda" else STEPS_PER_TURN
     records = interleave(
-        [contestant for contestant in field if not (arguments.quick and contestant.settings.get("compiled"))],
+        [one for one in field if _runs(one, arguments)],
         rounds=arguments.rounds,
-        items_per_turn=STEPS_PER_TURN,
+        items_per_turn=steps,
         threads=arguments.threads,
     )
     compared = results.ratios(records)
     gemm = results.fastest(records, "encode_gemm", lambda settings: settings["precision"] == "bf16")
-    compared["encode_gemm_bf16"] = results.ratio(gemm, results.fastest(records, results.OURS))
-    del compared["encode_gemm"]
+    compared.pop("encode_gemm", None)
+    if against := results.ratio(gemm, results.fastest(records, results.OURS)):
+        compared["encode_gemm_bf16"] = against
     results.write(
         arguments,
         "train_sae.py",
@@ -53,8 +57,8 @@ def main() -> None:
         optimiser={"name": "Adam", "lr": LR, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0},
         method={
             "rounds": arguments.rounds,
-            "steps_per_turn": STEPS_PER_TURN,
-            "warm_up_steps": STEPS_PER_TURN,
+            "steps_per_turn": steps,
+            "warm_up_steps": steps,
             "threads": arguments.threads,
             "seconds": "of one step; a run is the mean of a turn",
             "ratios": "of peer to ours within each round, medians",
@@ -79,6 +83,7 @@ def contestants(task: dict[str, Any]) -> list[Contestant]:
         one("SAELens, fp32, sparse activations", "sae_lens", "fp32", sparse=True),
         one("SAELens, fp32, compiled", "sae_lens", "fp32", compiled=True),
         one("SAELens, bf16 autocast", "sae_lens", "bf16"),
+        one("SAELens, bf16 autocast, sparse activations", "sae_lens", "bf16", sparse=True),
         one("SAELens, bf16 autocast, compiled", "sae_lens", "bf16", compiled=True),
         one("dictionary_learning, fp32", "dictionary_learning", "fp32", dictionaries),
         one("dictionary_learning, bf16 autocast", "dictionary_learning", "bf16", dictionaries),
@@ -89,6 +94,13 @@ def contestants(task: dict[str, Any]) -> list[Contestant]:
     ]
 
 
+def _runs(contestant: Contestant, arguments: argparse.Namespace) -> bool:
+    """Compiling takes long, and the 8-bit product is for CPUs."""
+    if arguments.quick and contestant.settings.get("compiled"):
+        return False
+    return arguments.device == "cpu" or contestant.settings["precision"] != "int8"
+
+
 def _arguments() -> argparse.Namespace:
     parser = results.parser("train_sae.py", __doc__.splitlines()[0], rounds=9)
     parser.add_argument(
@@ -96,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--d-sae", type=results.count, default=8192)
     parser.add_argument("--k", type=results.count, default=32)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=results.count, default=4096, help="tokens a step")
     arguments = results.parse(parser)
     if arguments.quick:

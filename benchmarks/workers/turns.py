@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,15 +57,19 @@ class Turns:
         import torch
 
         self._memory_mib["before"] = _forget_peak()
-        self._say({"versions": {library: version(library), "torch": torch.__version__}})
+        self._say({"versions": {library: _version(library), "torch": torch.__version__}})
         while True:
             slept = time.process_time()
             n_items = self._hear()["n_items"]
             if not n_items:
                 self._memory_mib["peak"] = _peak_mib()
+                if torch.cuda.is_initialized():
+                    self._memory_mib["gpu_peak"] = torch.cuda.max_memory_allocated() // 2**20
                 break
             woke, start = time.process_time(), time.perf_counter()
             yield from islice(items, n_items)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             stop, done = time.perf_counter(), time.process_time()
             self._say(
                 {
@@ -88,6 +92,13 @@ class Turns:
         if not line:
             raise SystemExit("the harness has gone")
         return dict(json.loads(line))
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed: run from its source"
 
 
 def _forget_peak() -> int:

@@ -62,7 +62,7 @@ def dense_step(
     total, errors, n_all = x.new_zeros(()), [], n_tokens(x, team)
     fired = torch.zeros(len(weights.b_enc), dtype=torch.bool, device=x.device)
     n_active = torch.zeros((), dtype=torch.long, device=x.device)
-    for chunk in torch.split(x, chunk_tokens(len(weights.b_enc))):
+    for chunk in torch.split(x, chunk_tokens(len(weights.b_enc), x.device)):
         with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=encode_dtype == torch.bfloat16):
             loss, error, latents = chunk_loss(chunk, leaves)
             (loss / n_all).backward()  # type: ignore[no-untyped-call]

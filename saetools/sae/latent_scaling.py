@@ -73,7 +73,7 @@ def scale_latents(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ 2 d
     n_tokens, digest = 0, hashlib.sha256()
     for batch in batches:
         digest.update(batch.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        for acts in torch.split(batch.to(device, sae.W_dec.dtype), chunk_tokens(d_sae)):
+        for acts in torch.split(batch.to(device, sae.W_dec.dtype), chunk_tokens(d_sae, device)):
             if not bool(torch.isfinite(acts).all()):
                 raise NonFiniteError("activations of the models are not finite; read them in float32 or bfloat16")
             latents = crosscoder.encode(acts)

@@ -138,7 +138,7 @@ class AbsTopK(nn.Module):
     def select(self, x: Tokens, weight: Weight, bias: Bias) -> tuple[Values, Slots]:
         """Signed values and latents; ties go to either."""
         parts = []
-        for chunk in torch.split(x, chunk_tokens(len(bias))):
+        for chunk in torch.split(x, chunk_tokens(len(bias), x.device)):
             pre = torch.addmm(bias, chunk, weight)
             indices = pre.abs().topk(self.k, dim=1, sorted=False).indices
             parts.append((pre.gather(1, indices), indices))
@@ -170,7 +170,7 @@ class MatchingPursuit(nn.Module):
         slots = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(self.max_steps or x.shape[1]):
-            best = torch.cat([(part @ weight).argmax(1) for part in torch.split(x, chunk_tokens(len(bias)))])
+            best = torch.cat([(part @ weight).argmax(1) for part in torch.split(x, chunk_tokens(len(bias), x.device))])
             step = (x * rows[best]).sum(1).relu().masked_fill(done, 0.0)
             x = x - step[:, None] * rows[best]
             known = slots == best[:, None]  # in a slot of an earlier step; unused slots hold 0 and may match too
@@ -195,7 +195,7 @@ Nonlinearity = TopK | ReLU | JumpReLU | Gated | AbsTopK | MatchingPursuit
 def _select_active(x: Tensor, d_sae: int, fire: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Values and latents that `fire` marks in a chunk of tokens, in as many slots as the busiest token needs."""
     tokens, latents, values = [], [], []
-    size = chunk_tokens(d_sae)
+    size = chunk_tokens(d_sae, x.device)
     for number, chunk in enumerate(torch.split(x, size)):
         strengths, active = fire(chunk)
         rows, columns = active.nonzero(as_tuple=True)

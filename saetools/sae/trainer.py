@@ -114,7 +114,7 @@ class Trainer:
     def _prepared(self, batch: Batch) -> tuple[Float[Tensor, "kept d_in"], int]:
         """This process' tokens, models side by side and scaled, and how many were left out for their norm."""
         state = self.state
-        own = self.team.own_tokens(batch).to(self.device, self.dtype)
+        own = self.team.own_tokens(batch).to(self.device).to(self.dtype)  # fewer bytes travel than in one step
         by_model = own.reshape(len(own), len(state.scale), -1)
         norms: Tensor = torch.linalg.vector_norm(by_model, dim=2)
         where = f"at step {state.step}; the last checkpoint in {self.out} stands"

@@ -23,7 +23,7 @@ def work(turns: Turns) -> None:
         lr=task.lr,
         warmup_steps=0,
         seed=0,
-        device="cpu",
+        device=task.device,
     )
     for step, x in enumerate(turns.timed(task.batches(), library="dictionary-learning")):
         with task.autocast():

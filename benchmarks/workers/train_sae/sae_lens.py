@@ -21,6 +21,7 @@ def work(turns: Turns) -> None:
         TopKTrainingSAEConfig(
             d_in=task.d_model,
             d_sae=task.d_sae,
+            device=task.device,
             k=task.k,
             decoder_init_norm=1.0,
             use_sparse_activations=sparse,
@@ -37,6 +38,7 @@ def work(turns: Turns) -> None:
         lr=task.lr,
         lr_end=task.lr,
         autocast=task.bf16,
+        device=task.device,
     )
     trainer = SAETrainer(config, sae, turns.timed(task.batches(), library="sae-lens"))
     trainer.fit()

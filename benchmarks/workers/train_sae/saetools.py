@@ -44,8 +44,8 @@ def work(turns: Turns) -> None:
     )
     log = []
     with tempfile.TemporaryDirectory() as out:
-        sae = train_sae(Source(task, turns), config, out, on_progress=log.append)
-    turns.finish(fvu=task.fvu(sae), n_dead=round(log[-1].dead * task.d_sae))
+        sae = train_sae(Source(task, turns), config, out, on_progress=log.append, device=task.device)
+    turns.finish(fvu=task.fvu(sae.to(task.device)), n_dead=round(log[-1].dead * task.d_sae))
 
 
 if __name__ == "__main__":

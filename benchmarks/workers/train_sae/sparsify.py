@@ -15,22 +15,23 @@ from workers.turns import Turns, serve
 
 def work(turns: Turns) -> None:
     task = Task(turns.settings)
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels are for GPUs
+    if task.device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels are for GPUs
     import torch
     from sparsify import SparseCoder, SparseCoderConfig, TrainConfig
 
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     config = TrainConfig(SparseCoderConfig(num_latents=task.d_sae, k=task.k), optimizer="adam", lr=task.lr)
-    coder = SparseCoder(task.d_model, config.sae, dtype=torch.float32)
+    coder = SparseCoder(task.d_model, config.sae, device=task.device, dtype=torch.float32)
     coder.b_dec.data = task.train.mean(0)
     optimizer = torch.optim.Adam(coder.parameters(), lr=config.lr)
-    since_fired = torch.zeros(task.d_sae, dtype=torch.long)
+    since_fired = torch.zeros(task.d_sae, dtype=torch.long, device=task.device)
     for x in turns.timed(task.batches(), library="eai-sparsify"):
         coder.set_decoder_norm_to_unit_norm()
         with task.autocast():
             out = coder(x, total_variance=(x - x.mean(0)).square().sum())
-        fired = torch.zeros(task.d_sae, dtype=torch.bool)
+        fired = torch.zeros(task.d_sae, dtype=torch.bool, device=task.device)
         fired[out.latent_indices.flatten()] = True
         out.fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()

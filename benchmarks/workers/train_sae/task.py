@@ -23,8 +23,8 @@ class Task:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.d_sae, self.k, self.batch = settings["d_sae"], settings["k"], settings["batch"]
         self.lr, self.n_steps, self.precision = settings["lr"], settings["n_items"], settings["precision"]
-        self.bf16 = self.precision == "bf16"
-        acts = torch.from_numpy(np.load(settings["activations"], mmap_mode="c"))
+        self.bf16, self.device = self.precision == "bf16", settings.get("device", "cpu")
+        acts = torch.from_numpy(np.load(settings["activations"], mmap_mode="c")).to(self.device)
         self.d_model, self.seed = acts.shape[1], settings.get("seed", 0)
         n_train = settings.get("n_batches", N_BATCHES) * self.batch
         self.train, self.held_out = acts[:n_train], acts[n_train:][: self.batch]
@@ -35,7 +35,7 @@ class Task:
 
     def autocast(self) -> torch.autocast:
         """Products in bfloat16, where that is what is measured."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def fvu(self, reconstruct: Callable[[Tensor], Tensor]) -> float:
