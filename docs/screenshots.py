@@ -41,7 +41,7 @@ def atlas(page: Any) -> None:
 
 def playground(page: Any) -> None:
     page.fill("#prompt", "What are rules good for?")
-    page.fill("#edits", "clamp 6400=-1*p99 on response")
+    page.fill("#edits", "clamp 707=-1*p99 on response")
     page.fill("#strengths", "0.5, 1")
     page.fill("#n-tokens", "32")
     page.click("#answer")
@@ -52,7 +52,7 @@ def playground(page: Any) -> None:
 PICTURES = {
     "overview": ("/", overview),
     "latents": ("/latents", latents),
-    "latent": ("/latent/6400", latent),
+    "latent": ("/latent/707", latent),
     "map": ("/map", atlas),
     "playground": ("/playground", playground),
 }

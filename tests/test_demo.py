@@ -81,5 +81,5 @@ def test_cards_say_what_the_shipped_report_says() -> None:
     for finding in report.findings:
         assert f"- {finding}\n" in readme.read_text(encoding="utf-8")
     assert report.findings[0] in shipped_path("adapters/README.md").read_text(encoding="utf-8")
-    assert f"FVU {report.sae['fvu']:.3f}, L0 " in shipped_path("sae/README.md").read_text(encoding="utf-8")
+    assert f"FVU {report.sae['all']['fvu']:.3f}, L0 " in shipped_path("sae/README.md").read_text(encoding="utf-8")
     assert report.to_json() == shipped_path("demo/report.json").read_text(encoding="utf-8")

@@ -36,7 +36,7 @@ def shown(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, str]:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     facts = shown(capsys, SHIPPED)
     assert facts["format"] == "sae_lens"
-    assert facts["kind"] == "TopK, k 32"
+    assert facts["kind"] == "TopK, k 64"
     assert facts["d_sae"] == "8192 (14.2 times d_in)"
     assert (facts["site"], facts["model"]) == ("blocks.17.hook_resid_post", "smollm2-135m")
     assert facts["decoder norms"].endswith("median 1, of 8192")
