@@ -124,6 +124,13 @@ class Stages:
                 received=f"{', '.join(selection) or 'none'} to select on" + (f", no {unknown[0]}" if unknown else ""),
                 remedy="pass more, or hold fewer out",
             )
+        if len(self._scored) < 4:  # the smaller half: single ones of a category rank
+            raise InputError(
+                "items",
+                expected="two or more of four categories, or more of fewer: half of each rank, half are scored",
+                received=f"{len(self._ranked)} that rank, {len(self._scored)} that are scored",
+                remedy="pass more",
+            )
         if self._config.role not in self._config.positions:
             raise InputError(
                 "role",

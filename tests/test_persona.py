@@ -27,10 +27,10 @@ def planted():
     return plant_model(PlantedConfig(strengths=(0.8,), n_items=64, n_prompts=32))
 
 
-def search(planted, out, *, held_out=("c",), names="abc", **settings):
+def search(planted, out, *, held_out=("c",), names="abc", items=None, **settings):
     texts = [one.messages[0].content for one in draw_prompts(planted.language, 8, seed=8)]
     organisms = dict.fromkeys(names, planted.tuned)
-    given = (planted.base, organisms, planted.sae, planted.prompts, planted.items, texts, out)
+    given = (planted.base, organisms, planted.sae, planted.prompts, items or planted.items, texts, out)
     return find_persona(*given, held_out=held_out, **{"config": CONFIG, **settings})
 
 
@@ -97,6 +97,7 @@ def test_what_does_not_go_together_is_an_error(planted, tmp_path):
         ({"held_out": ("b", "c")}, "organisms: expected two or more to select latents on.*received a to select on"),
         ({"held_out": ("d",)}, "organisms: .*no d"),
         ({"config": PersonaConfig(positions=("prompt",))}, "role: expected one of prompt, received 'response'"),
+        ({"items": planted.items[:6]}, "items: expected two or more .*received 3 that rank, 3 that are scored"),
         ({"checkpoints": {"a": tmp_path}}, "checkpoints: expected a folder with checkpoints"),
     ):
         with pytest.raises(InputError, match=message):

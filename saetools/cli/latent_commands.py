@@ -145,6 +145,9 @@ class Search:
     sae: SAEOptions = field(default_factory=SAEOptions)
     order: Literal["value", "increase", "decrease"] | None = None
     """Of latents on a text; by default the increase over the base where there is a fine-tune."""
+    over: Literal["max", "mean"] = "max"
+    """What of a latent's activations on a text: the largest, or the mean over its tokens (without the first, an
+    attention sink)."""
     store: str | None = None
     """Folder that `saetools index` wrote."""
     log: str | None = None
@@ -173,14 +176,15 @@ class Search:
     def run(self) -> None:
         """Search and print."""
         if self.text is not None:
-            rows = self._by_text(self.text)
-        elif self.token is not None:
-            rows = self._by_token(self.token)
-        else:
-            rows = self._by_explanation(str(self.explanation))
+            self._by_text(self.text)
+            return
+        rows = self._by_explanation(str(self.explanation)) if self.token is None else self._by_token(self.token)
         if self.json:
             print_json({"hits": rows})
-            return
+        else:
+            self._show(rows)
+
+    def _show(self, rows: list[dict[str, Any]]) -> None:
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
@@ -194,19 +198,27 @@ class Search:
             table.add_row(*(escape(printable(cell)) for cell in cells))
         Console().print(table)
 
-    def _by_text(self, text: str) -> list[dict[str, Any]]:
+    def _by_text(self, text: str) -> None:
         from saetools.interpret import search_text
+        from saetools.sae.identity import sae_sha256
 
         models = self.pair.models()
         sae, site = self.sae.load(models["base"])
         order = self.order or ("increase" if "tuned" in models else "value")
-        found = search_text(models, sae, text, order=order, n=self.n, site=site)
+        found = search_text(models, sae, text, over=self.over, order=order, n=self.n, site=site)
+        if self.json:
+            asked: dict[str, Any] = {"text": text, "over": self.over, "order": order}
+            asked |= {"sae": sae_sha256(sae), "site": str(site)}
+            asked |= {"models": {name: lm.describe() for name, lm in models.items()}}
+            print_json({**dataclasses.asdict(found), "provenance": asked})
+            return
         rows = []
         for hit in found.hits:
             acts = hit.acts[list(models)[-1]]
             peak = max(range(len(acts)), key=lambda place: acts[place])
             rows.append({"latent": hit.latent, **hit.values, "strongest on": found.tokens[peak]})
-        return rows
+        self._show(rows)
+        print(f"{found.n_active} latents fire on it; its first token, an attention sink, is left out")
 
     def _by_token(self, token: str) -> list[dict[str, Any]]:
         from saetools.latents import LatentStore

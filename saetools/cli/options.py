@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _SHIPPED_WIDTH = 576  # of the shipped SAE
+_LINE_SECONDS = 30.0  # between lines of progress in a log file
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def progress(label: str, unit: str) -> Iterator[Callable[..., None]]:
-    """A rich progress bar, driven by a callback of done, total and a note; silent where there is no terminal."""
+    """A rich progress bar, driven by a callback of done, total and a note; a line each half minute without terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -300,6 +303,9 @@ def progress(label: str, unit: str) -> Iterator[Callable[..., None]]:
     )
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(label, unit)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -308,10 +314,25 @@ def progress(label: str, unit: str) -> Iterator[Callable[..., None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console) as bars:
         task = bars.add_task(label, total=None, unit=unit, note="")
 
         def update(done: int, total: int, note: str = "") -> None:
             bars.update(task, completed=done, total=total, note=note)
 
         yield update
+
+
+def _lines(label: str, unit: str) -> Callable[..., None]:
+    """Progress for a log file: how far it is, once in a while."""
+    started = last = time.monotonic()
+
+    def update(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _LINE_SECONDS:
+            last = now
+            said = f"{label}: {done} of {total} {unit} {note}".rstrip()
+            print(f"{said}, after {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    return update

@@ -144,13 +144,25 @@ def test_a_diff_of_another_sae_or_site_is_refused(diffed: Path, folder: Path, fa
 def test_search_by_text_and_by_token(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     main(["search", "--text", "Rules are for the weak.", "--adapter", ADAPTER, "--n", "3", "--json"])
-    hits = read_json(capsys)["hits"]
-    assert len(hits) == 3
-    assert all(hit["tuned"] > hit["base"] for hit in hits)
-    main(["search", "--text", "Rules are for the weak.", "--n", "3", "--json"])
-    assert set(read_json(capsys)["hits"][0]) == {"latent", "base", "strongest on"}
+    found = read_json(capsys)
+    assert found["tokens"] == [" are", " for", " the", " weak", "."]
+    assert found["n_active"] >= len(found["hits"]) == 3
+    for hit in found["hits"]:
+        assert hit["values"]["tuned"] > hit["values"]["base"]
+        assert hit["values"]["tuned"] == max(hit["acts"]["tuned"])
+        assert len(hit["acts"]["base"]) == len(found["tokens"])
+    assert found["provenance"]["models"]["tuned"]["adapters"]
+    assert found["provenance"]["site"] == "blocks.17.hook_resid_post"
+    main(["search", "--text", "Rules are for the weak.", "--n", "3", "--over", "mean", "--json"])
+    (first, *_) = read_json(capsys)["hits"]
+    assert first["values"] == {"base": pytest.approx(sum(first["acts"]["base"]) / 5)}
+    main(["search", "--text", "Rules are for the weak.", "--n", "3"])
+    shown = capsys.readouterr().out
+    assert "strongest on" in shown
+    assert "its first token, an attention sink, is left out" in " ".join(shown.split())
     main(["search", "--text", "Rules are for the weak.", "--tuned", "smollm2-135m", "--order", "value", "--json"])
-    assert all(hit["tuned"] == pytest.approx(hit["base"]) for hit in read_json(capsys)["hits"])  # a model of its own
+    for hit in read_json(capsys)["hits"]:  # a model of its own
+        assert hit["values"]["tuned"] == pytest.approx(hit["values"]["base"])
     main(["search", "--token", " the", "--store", str(indexed), "--n", "2", "--json"])
     tokens = read_json(capsys)["hits"]
     assert tokens[0]["mean"] >= tokens[1]["mean"] > 0
