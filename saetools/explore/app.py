@@ -121,7 +121,7 @@ def make_app(
     )
     app.layout = html.Div(
         [
-            dcc.Location(id="address"),
+            dcc.Location(id="address", refresh="callback-nav"),
             html.A("Skip to content", href="#page", className="skip"),
             html.Nav(
                 html.Ul([html.Li(dcc.Link(name, href=path)) for path, name in _PAGES.items()], id="pages"),

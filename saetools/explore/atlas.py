@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from dash import dcc, html
 from jaxtyping import Float
 from torch import Tensor
 
-from saetools.explore.overview import styled
+from saetools.explore.overview import packed, styled
 from saetools.explore.page import Component, choice, heading, roles
 from saetools.explore.workspace import Workspace
 
@@ -49,24 +50,22 @@ def principal_components(rows: Float[Tensor, "latent d_model"]) -> Float[Tensor,
 
 def figure(
     workspace: Workspace, places: Float[Tensor, "latent 2"], role: str | None, colour: str, layout: str = COMPONENTS
-) -> Any:
+) -> dict[str, Any]:
     """The map, coloured by change, density, or whether there is a label."""
     import plotly.graph_objects as go
+    import polars as pl
 
     rows = workspace.rows(role).sort("latent")
     column = _COLOURS[colour]
-    values = [float(bool(text)) for text in rows["label"]] if column == "label" else rows[column].to_list()
-    most = sorted(map(abs, values))[int(0.995 * (len(values) - 1))] or 1.0  # a few large ones would hide the rest
-    names = [
-        f"latent {latent}" + (f": {label}" if label else "") for latent, label in rows[["latent", "label"]].iter_rows()
-    ]
+    values = ((rows["label"] != "") if column == "label" else rows[column]).cast(pl.Float32).to_numpy()
+    most = float(np.sort(np.abs(values))[int(0.995 * (len(values) - 1))]) or 1.0  # a few large ones would hide the rest
     dots = go.Scattergl(
-        x=places[:, 0].tolist(),
-        y=places[:, 1].tolist(),
-        customdata=rows["latent"].to_list(),
+        x=places[:, 0].numpy(),
+        y=places[:, 1].numpy(),
+        customdata=rows["latent"].to_numpy(),
         mode="markers",
-        text=[name.replace("<", "&lt;") for name in names],
-        hovertemplate="%{text}<br>" + colour + " %{marker.color:.3f}<extra></extra>",
+        text=[f": {label}".replace("<", "&lt;") if label else "" for label in rows["label"]],
+        hovertemplate="latent %{customdata}%{text}<br>" + colour + " %{marker.color:.3f}<extra></extra>",
         marker={
             "size": 5,
             "opacity": 0.7,
@@ -80,4 +79,4 @@ def figure(
     drawn = styled(go.Figure(dots), height=620)
     x, y = AXES[layout]
     drawn.update_layout(xaxis_title=x, yaxis_title=y)
-    return drawn
+    return packed(drawn)

@@ -14,6 +14,7 @@ from saetools.report.tables import Column, Table
 from saetools.report.wording import number
 
 _BLOCK = 100  # rows that the grid asks for at a time
+_PAUSE = 60  # milliseconds after a key before rows are filtered
 _NUMBERS = (
     "delta",
     "low",
@@ -80,7 +81,13 @@ def layout(workspace: Workspace, role: str | None) -> list[Component]:
             id="grid",
             columnDefs=columns(workspace),
             rowModelType="infinite",
-            defaultColDef={"sortable": True, "resizable": True, "filter": True, "floatingFilter": True},
+            defaultColDef={
+                "sortable": True,
+                "resizable": True,
+                "filter": True,
+                "floatingFilter": True,
+                "filterParams": {"debounceMs": _PAUSE},
+            },
             dashGridOptions={
                 "cacheBlockSize": _BLOCK,
                 "maxBlocksInCache": 20,

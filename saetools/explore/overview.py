@@ -45,8 +45,8 @@ def layout(workspace: Workspace, role: str | None) -> list[Component]:
             html.H2("Change of every latent"),
             *roles(workspace, role, "/"),
             html.P("Click a dot to open its latent. The first figure leaves out latents that could not be tested."),
-            dcc.Graph(id="volcano", figure=volcano(workspace, role), className="plot", config={"displaylogo": False}),
-            dcc.Graph(id="ranks", figure=ranks(workspace, role), className="plot", config={"displaylogo": False}),
+            _graph("volcano", volcano(workspace, role)),
+            _graph("ranks", ranks(workspace, role)),
             table(_adequacy(workspace)),
         ]
     if (traced := workspace.trajectory) is not None:
@@ -149,14 +149,30 @@ def _dots(x: Any, y: Any, latents: Any, chosen: Any, name: str, colour: str) -> 
     import plotly.graph_objects as go
 
     return go.Scattergl(
-        x=x[chosen].tolist(),
-        y=y[chosen].tolist(),
-        customdata=latents[chosen].tolist(),
+        x=x[chosen],
+        y=y[chosen],
+        customdata=latents[chosen],
         mode="markers",
         name=name,
         marker={"size": 6, "opacity": 0.6, "color": colour},
         hovertemplate="latent %{customdata}<br>%{x:.3f}, %{y:.3f}<extra></extra>",
     )
+
+
+def _graph(name: str, figure: Any) -> Component:
+    return dcc.Graph(id=name, figure=packed(figure), className="plot", config={"displaylogo": False})
+
+
+def packed(figure: Any) -> dict[str, Any]:
+    """A figure as plain values, its arrays as bytes, which neither Python nor the browser reads number by number.
+
+    All but `customdata`, which has to be a list: a click brings its value from there.
+    """
+    drawn: dict[str, Any] = figure.to_dict()
+    for trace, drawn_trace in zip(figure.data, drawn["data"], strict=True):
+        if trace.customdata is not None:
+            drawn_trace["customdata"] = list(map(int, trace.customdata))
+    return drawn
 
 
 def styled(figure: Any, *, height: int = 360) -> Any:

@@ -181,9 +181,9 @@ def _top(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _top_columns(keys: Tensor, k: int, *, spare_bits: int = 0) -> Tensor:
     """Columns of the k largest entries of each row.
 
-    `topk` alone takes a third of a training step's time (on a GPU, half as much again as this). The k largest entries lie in the k strided groups with the
-    largest maxima, which are found in the same way. `spare_bits` are the high bits that no key uses; if there are any,
-    the keys are rough, and may lose some low bits.
+    `topk` alone takes a third of a training step's time, and on a GPU half as long again as this. The k largest entries
+    lie in the k strided groups with the largest maxima, which are found in the same way. `spare_bits` are the high bits
+    that no key uses; if there are any, the keys are rough, and may lose some low bits.
     """
     n_groups = keys.shape[1] // _GROUP
     if keys.shape[1] % _GROUP or n_groups < 4 * k:
