@@ -34,8 +34,9 @@ _ASKED_SEED, _TEXT_SEED = 2_000_001, 2_000_002  # apart from those of prompts th
 class VerdictConfig:
     """How much is planted and certified."""
 
-    model: PlantedConfig = field(default_factory=PlantedConfig)
-    """Settings of the models; their seed is that of the first, and the others follow."""
+    model: PlantedConfig = field(default_factory=lambda: PlantedConfig(n_items=128))
+    """Settings of the models, with about as many items as real ones are certified on; their seed is that of the first,
+    and the others follow."""
     n_models: int = 10
     """Planted models."""
     n_nulls: int = 8
@@ -75,7 +76,7 @@ def measure_verdicts(
 ) -> tuple[Verdicts, ...]:
     """Plant models, certify their latents, and count the verdicts.
 
-    A model takes about half a minute on one core.
+    A model takes about three minutes on one core.
 
     Args:
         config: settings.
