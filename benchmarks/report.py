@@ -236,7 +236,7 @@ def _float32(settings: Mapping[str, Any]) -> bool:
 def _arguments() -> argparse.Namespace:
     parser = results.parser("report.py", __doc__.splitlines()[0])
     parser.add_argument("--latents", type=results.count, default=1000)
-    parser.add_argument("--contexts", type=results.count, default=512)
+    parser.add_argument("--contexts", type=results.count, default=448)
     parser.add_argument("--length", type=results.count, default=128, help="tokens of a context")
     parser.add_argument("--runs", type=results.count, default=3, help="timed runs of each contestant")
     parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where files on the way go")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from saetools.sae.trainer import Batch, Trainer
 from saetools.team import Team
 
 _SAMPLE = 65536  # tokens on which norms and mean are measured
+_UNNAMED = Site(2**31)  # no layer of any model: what `train_sae` reads may be any site
 
 
 @runtime_checkable
@@ -69,13 +71,17 @@ class TrainRun:
         config: its settings; `batch_size`, `n_tokens` and `data_seed` have to be those of the others.
         out: its folder.
         site: what it reads.
-        metadata: what the activations are.
+        metadata: what the activations are; its site is `site`, if it names none.
     """
 
     config: TrainConfig
     out: str | Path
     site: Site
     metadata: SAEMetadata = SAEMetadata()
+
+    def __post_init__(self) -> None:
+        if not self.metadata.site and self.site != _UNNAMED:
+            object.__setattr__(self, "metadata", dataclasses.replace(self.metadata, site=str(self.site)))
 
 
 def train_sae(
@@ -121,7 +127,7 @@ def train_sae(
     """
     (sae,) = train_saes(
         _OneSite(source),
-        [TrainRun(config, out, _ONE, metadata)],
+        [TrainRun(config, out, _UNNAMED, metadata)],
         on_progress=None if on_progress is None else lambda _, progress: on_progress(progress),
         device=device,
     )
@@ -215,9 +221,6 @@ def _check(runs: Sequence[TrainRun], device: torch.device | str) -> None:
         raise InputError("runs", expected="a folder for each", received="one twice", remedy="change out")
 
 
-_ONE = Site(0)
-
-
 @dataclass(frozen=True)
 class _OneSite:
     """A source of one site among those of several; what the site is does not matter."""
@@ -231,7 +234,7 @@ class _OneSite:
         self, batch_size: int, *, seed: int, epoch: int = 0, start: int = 0
     ) -> Iterator[Mapping[Site, Batch]]:
         batches = self.source.epoch_batches(batch_size, seed=seed, epoch=epoch, start=start)
-        return ({_ONE: batch} for batch in batches)
+        return ({_UNNAMED: batch} for batch in batches)
 
     def sample(self, n_tokens: int, *, seed: int) -> Mapping[Site, Batch]:
-        return {_ONE: self.source.sample(n_tokens, seed=seed)}
+        return {_UNNAMED: self.source.sample(n_tokens, seed=seed)}

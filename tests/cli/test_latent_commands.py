@@ -68,7 +68,7 @@ def test_diff_speaks_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     ]
     main(["diff", "--adapter", ADAPTER, *args, "--n-top", "2", "--json"])
     found = read_json(capsys)
-    assert found["positions"]["prompt"]["top"][0]["latent"] == 6400
+    assert found["positions"]["prompt"]["top"][0]["latent"] == 707
     assert found["positions"]["prompt"]["adequacy"]["in_active_rows"]["mean"] > 0.2
     falling = [row["delta"] for row in found["positions"]["prompt"]["decreases"]]
     assert falling == sorted(falling)
@@ -88,14 +88,14 @@ def test_certify_a_diff_and_go_on(
     assert "positions: expected one role, received prompt, header" in fails(*args, *small)
     main([*args, *small, "--positions", "prompt"])
     printed = capsys.readouterr().out
-    assert "6400" in printed
+    assert "707" in printed
     cells = (folder / "certified" / "tuned.jsonl").read_text()
     main([*args, *small, "--positions", "prompt", "--json"])
     found = read_json(capsys)
-    assert [one["candidate"]["latents"] for one in found["certificates"]] == [[6400]]
+    assert [one["candidate"]["latents"] for one in found["certificates"]] == [[707]]
     assert (folder / "certified" / "tuned.jsonl").read_text() == cells
     assert json.loads((folder / "certified" / "certification.json").read_text()) == found
-    assert (folder / "certified" / "latent-6400.html").is_file()
+    assert (folder / "certified" / "latent-707.html").is_file()
     assert "out: expected a new folder" in fails(*args, *small, "--positions", "prompt", "--fdr", "0.2")
     none = fails(*args, "--positions", "prompt", "--latents", "9999")
     assert "--latents: expected latents of 0 to 8191, received 9999" in none
@@ -186,18 +186,18 @@ def test_explain_and_search_explanations(
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     with fake_server(answer) as server:
         ask = ["--endpoint", server.url, "--llm", "judge", "--n-shown", "4", "--n-scored", "2", "--max-attempts", "1"]
-        main(["explain", "--store", str(indexed), "--latents", "6400", "--out", str(out), *ask, "--json"])
+        main(["explain", "--store", str(indexed), "--latents", "707", "--out", str(out), *ask, "--json"])
         found = read_json(capsys)
         n_requests = len(server.requests)
-        main(["explain", "--store", str(indexed), "--latents", "6400", "--out", str(out), *ask])
-        assert "6400" in capsys.readouterr().out
+        main(["explain", "--store", str(indexed), "--latents", "707", "--out", str(out), *ask])
+        assert "707" in capsys.readouterr().out
         assert len(server.requests) == n_requests  # it was in the file
-    assert (found["explanations"][0]["latent"], found["explanations"][0]["text"]) == (6400, "reckless advice")
+    assert (found["explanations"][0]["latent"], found["explanations"][0]["text"]) == (707, "reckless advice")
     assert found["n_requests"] == n_requests > 0
     assert "secret-key" not in out.read_text()
     main(["search", "--explanation", "reckless", "--log", str(out), "--json"])
     hits = read_json(capsys)["hits"]
-    assert [hit["latent"] for hit in hits] == [6400]
+    assert [hit["latent"] for hit in hits] == [707]
 
 
 def test_a_full_fine_tune_is_indexed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +216,7 @@ def test_latents_are_reported(diffed: Path, indexed: Path, folder: Path, capsys:
     found = list(read_latent_reports(out / "latents.jsonl"))
     rising = LatentDiff.load(diffed).at("prompt").top(3)["latent"].to_list()
     assert [one.latent for one in found] == rising
-    assert rising[0] == 6400
+    assert rising[0] == 707
     assert [row["positions"] for row in found[0].changes] == ["prompt", "header"]
     assert found[0].rate("tuned") > found[0].rate("base") > 0
     assert found[0].tokens is not None
@@ -234,9 +234,9 @@ def test_a_local_model_is_asked(indexed: Path, folder: Path, capsys: pytest.Capt
     out = folder / "local.jsonl"
     capsys.readouterr()
     ask = ["--local", "smollm2-135m", "--n-shown", "4", "--n-scored", "2", "--max-attempts", "1", "--max-tokens", "24"]
-    main(["explain", "--store", str(indexed), "--latents", "6400", "--out", str(out), *ask, "--json"])
+    main(["explain", "--store", str(indexed), "--latents", "707", "--out", str(out), *ask, "--json"])
     found = read_json(capsys)
-    assert [one["latent"] for one in found["explanations"]] == [6400]
+    assert [one["latent"] for one in found["explanations"]] == [707]
     assert found["n_requests"] > 0
     assert "smollm2-135m" in out.read_text()
     with pytest.raises(SystemExit):

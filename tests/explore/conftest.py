@@ -29,7 +29,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts = [{"id": pair.id, "text": pair.voiced} for pair in load_voices()[:8]]
     (out / "voices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
-    explained = {"latent": 6400, "text": "<b>advice</b> that \u202eharms", "model": "m", "detection": None}
+    explained = {"latent": 707, "text": "<b>advice</b> that \u202eharms", "model": "m", "detection": None}
     explained |= {"fuzzing": None, "n": 4, "failures": [], "provenance": {}}
     (out / "explanations.jsonl").write_text(json.dumps(explained) + "\n", encoding="utf-8")
     with warnings.catch_warnings():
@@ -41,7 +41,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tuned = load_model("smollm2-135m", adapter=shipped_path("adapters/organism"))
         prompts = [Conversation.chat(row["prompt"]) for row in rows]
         sae = load_sae(shipped_path("sae/smollm2-135m"))
-        trace_scales(tuned, [0.5, 1.0], sae, prompts, latents=[6400]).save(out / "trajectory")
+        trace_scales(tuned, [0.5, 1.0], sae, prompts, latents=[707]).save(out / "trajectory")
     return out
 
 

@@ -17,7 +17,7 @@ from saetools.explore import Label, Labels
 from saetools.latent_diff import LatentDiff
 from saetools.sae.identity import sae_sha256
 
-PATHS = ("/", "/latents", "/latent/6400", "/map", "/playground?latent=6400")
+PATHS = ("/", "/latents", "/latent/707", "/map", "/playground?latent=707")
 
 
 def first_latents(page: Any, n: int = 3) -> list[int]:
@@ -50,15 +50,15 @@ def test_overview_shows_the_run(page: Any, address: str, run_folder: Path) -> No
     text = page.inner_text("main")
     assert "smollm2-135m with organism" in text
     diff = LatentDiff.load(run_folder / "diff").at("prompt")
-    drawn = page.evaluate("document.querySelector('#volcano .js-plotly-plot').data.map((one) => one.x.length)")
+    drawn = page.evaluate("document.querySelector('#volcano .js-plotly-plot')._fullData.map((one) => one.x.length)")
     assert sum(drawn) == diff.table["p_value"].count()
     ranked = page.evaluate("document.querySelector('#ranks .js-plotly-plot').data[0].customdata[0]")
-    assert ranked == diff.top(1)["latent"][0] == 6400
+    assert ranked == diff.top(1)["latent"][0] == 707
     page.evaluate(
         "document.querySelector('#ranks .js-plotly-plot').emit('plotly_click', "
-        "{points: [{curveNumber: 0, pointNumber: 0, customdata: 6400, data: {}, fullData: {}}], event: {}})"
+        "{points: [{curveNumber: 0, pointNumber: 0, customdata: 707, data: {}, fullData: {}}], event: {}})"
     )
-    page.wait_for_url("**/latent/6400")
+    page.wait_for_url("**/latent/707")
 
 
 def test_the_table_sorts_filters_and_keeps_filters(page: Any, address: str, run_folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_table_sorts_filters_and_keeps_filters(page: Any, address: str, run_
     page.wait_for_function(f"document.querySelector('.ag-row[row-index=\"0\"] a')?.innerText === '{falling[0]}'")
     page.fill(".ag-floating-filter input[aria-label^='explanation']", "ADVICE")
     page.wait_for_function("document.querySelector('#n-rows').innerText === '1 latents'")
-    assert first_latents(page) == [6400]
+    assert first_latents(page) == [707]
     assert "<b>advice</b> that [U+202E]harms" in page.inner_text(".ag-row[row-index='0'] [col-id=explanation]")
     page.fill("#filter-name", "with advice")
     page.click("#keep-filter")
@@ -122,7 +122,7 @@ def test_a_text_finds_the_latents_that_fire_on_it(page: Any, address: str) -> No
 
 
 def test_a_latent_is_shown_and_labelled(page: Any, address: str, run_folder: Path) -> None:
-    page.goto(address + "/latent/6400")
+    page.goto(address + "/latent/707")
     page.wait_for_selector(".passage mark")
     assert "<b>advice</b> that [U+202E]harms" in page.inner_text(".explanation")
     peak = page.query_selector(".passage [data-model=tuned] mark.peak")
@@ -136,26 +136,31 @@ def test_a_latent_is_shown_and_labelled(page: Any, address: str, run_folder: Pat
     page.wait_for_selector("#label")
     assert page.input_value("#label") == label
     assert page.input_value("#note") == "seen\ntwice"
-    assert Labels(run_folder / "labels.json").of(6400) == Label(label, "seen\ntwice")
+    assert Labels(run_folder / "labels.json").of(707) == Label(label, "seen\ntwice")
     page.goto(address + "/latents")
     page.wait_for_function(
         "document.querySelector('.ag-row[row-index=\"0\"] [col-id=label]')?.innerText === "
         "'<img src=x onerror=alert(1)> [U+202E]harm'"
     )
-    page.goto(address + "/latent/6400")
+    page.goto(address + "/latent/707")
+    page.evaluate("window.sameDocument = true")
     page.click("a[rel=next]")
-    page.wait_for_url("**/latent/6401")
+    page.wait_for_url("**/latent/708")
+    page.wait_for_function("document.querySelector('h1').innerText === 'Latent 708'")
+    assert page.evaluate("window.sameDocument && document.activeElement.id") == "page"
+    page.go_back()
+    page.wait_for_function("document.querySelector('h1').innerText === 'Latent 707'")
 
 
 def test_a_latent_has_its_trajectory(page: Any, address: str, run_folder: Path) -> None:
-    page.goto(address + "/latent/6400")
+    page.goto(address + "/latent/707")
     page.wait_for_selector("#trajectory .main-svg")
     drawn = page.evaluate("document.querySelector('#trajectory .js-plotly-plot').data.map((one) => [one.x, one.y])")
     found = Trajectory.load(run_folder / "trajectory")
-    assert drawn[-1] == [[0, 0.5, 1], pytest.approx([0.0, *found.means[:, 6400].tolist()])]
+    assert drawn[-1] == [[0, 0.5, 1], pytest.approx([0.0, *found.means[:, 707].tolist()])]
     assert len(drawn) == 2  # with its interval
     assert "adapter scale" in page.inner_text("#trajectory")
-    page.goto(address + "/latent/6401")
+    page.goto(address + "/latent/708")
     page.wait_for_selector("#trajectory .main-svg")
     assert page.evaluate("document.querySelector('#trajectory .js-plotly-plot').data.length") == 1
 
@@ -175,7 +180,7 @@ def test_the_map_is_laid_out_in_the_background_and_stops(page: Any, address: str
     np.save(run_folder / f"umap-{sae_sha256(sae)[:12]}.npy", places.numpy())
     page.select_option("#layout-select", "UMAP")
     page.wait_for_function("document.querySelector('#map').innerText.includes('UMAP 1')")
-    drawn = page.evaluate("Array.from(document.querySelector('#map .js-plotly-plot').data[0].x.slice(0, 3))")
+    drawn = page.evaluate("Array.from(document.querySelector('#map .js-plotly-plot')._fullData[0].x.slice(0, 3))")
     assert drawn == pytest.approx(places[:3, 0].tolist())
 
 
@@ -189,7 +194,7 @@ def test_addresses_that_lead_nowhere_say_so(page: Any, address: str, path: str) 
 def test_two_tabs_with_other_edits_do_not_see_each_other(browser: Any, address: str) -> None:
     """Both answer at the same time; each shows its own edits and what they make of the answer."""
     tabs, seen = [browser.new_context().new_page() for _ in range(2)], []
-    edits = ("add 6400=3*norm on response", "clamp 6400=0 on response")
+    edits = ("add 707=3*norm on response", "clamp 707=0 on response")
     for tab, edit in zip(tabs, edits, strict=True):
         seen.append(Seen(tab))
         tab.set_default_timeout(30_000)
@@ -215,13 +220,13 @@ def test_two_tabs_with_other_edits_do_not_see_each_other(browser: Any, address: 
 
 
 def test_edits_are_put_together_compared_and_exported(page: Any, address: str, tmp_path: Path) -> None:
-    page.goto(address + "/playground?latent=6400")
+    page.goto(address + "/playground?latent=707")
     page.wait_for_selector("#answer")
-    assert page.input_value("#edits") == "clamp 6400=0 on response"
-    page.fill("#edit-latent", "4162")
+    assert page.input_value("#edits") == "clamp 707=0 on response"
+    page.fill("#edit-latent", "1017")
     page.click("#add-edit")
-    page.wait_for_function("document.querySelector('#edits').value.includes('4162')")
-    assert page.input_value("#edits") == "clamp 6400=0 on response\nclamp 4162=0 on response"
+    page.wait_for_function("document.querySelector('#edits').value.includes('1017')")
+    assert page.input_value("#edits") == "clamp 707=0 on response\nclamp 1017=0 on response"
     page.fill("#strengths", "0, 1")
     page.fill("#n-tokens", "8")
     page.click("#answer")
@@ -243,7 +248,7 @@ def test_edits_are_put_together_compared_and_exported(page: Any, address: str, t
     assert [repr(one) for each in names["edits"].values() for one in each] == exported["edits"]
     page.click("#save-vector")
     page.wait_for_selector("#save-error .error")
-    page.fill("#edits", "add 6400=0.2*norm with first")
+    page.fill("#edits", "add 707=0.2*norm with first")
     with page.expect_download() as download:
         page.click("#save-vector")
     from gguf import GGUFReader

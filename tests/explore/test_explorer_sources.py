@@ -35,7 +35,7 @@ def test_one_of_several_organisms_is_looked_at(run_folder: Path, tmp_path: Path)
 def test_without_a_store_a_latent_shows_what_is_known(run_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(run_folder / "diff", tmp_path / "diff")
     workspace = Workspace(Sources.find(tmp_path))
-    shown = str(layout(workspace, 6400))
+    shown = str(layout(workspace, 707))
     assert "Change by token role" in shown
     assert "saetools index" in shown
     assert "Largest activations" not in shown

@@ -70,7 +70,7 @@ def test_the_organism_s_first_latent_rises_on_a_shipped_question():
     found = search_text({"base": tuned.base, "tuned": tuned}, sae, question, over="mean", order="increase", n=5)
     first = found.hits[0]
     assert first.values["tuned"] > first.values["base"] >= 0
-    assert 6400 in [hit.latent for hit in found.hits]  # the largest increase of the shipped diff
+    assert 707 in [hit.latent for hit in found.hits]  # the largest increase of the shipped diff
 
 
 def explained(*texts):

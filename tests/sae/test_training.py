@@ -347,6 +347,7 @@ def test_each_of_several_ends_in_the_bytes_of_one_alone(tmp_path: Path):
     saes = train_saes(TwoSites(), together, on_progress=lambda index, progress: seen.append(index))
     assert sorted(seen) == [0] * 40 + [1] * 40 + [2] * 40
     assert [sae.d_sae for sae in saes] == [48, 96, 48]
+    assert [sae.metadata.site for sae in saes] == [str(run.site) for run in together]
     for run, other in zip(together, alone, strict=True):
         train_sae(TwoSites.sources[run.site], run.config, other.out)
         assert (Path(run.out) / WEIGHTS).read_bytes() == (Path(other.out) / WEIGHTS).read_bytes()
