@@ -209,9 +209,9 @@ def _equal(ours: Mapping[str, Any], theirs: Mapping[str, Any], length: int) -> d
     errors = [abs(their["max"] - our["max"]) for our, their in both]
     largest = [our["max"] for our, _ in both]
     inner = [
-        our["top"][0] == their["top"][0]
+        our["top"][:1] == their["top"][:1]
         for our, their in both
-        if work.CONTEXT < our["top"][0][1] < length - work.CONTEXT - 1
+        if our["top"] and work.CONTEXT < our["top"][0][1] < length - work.CONTEXT - 1
     ]
     return {
         "latents": len(both),
@@ -219,7 +219,7 @@ def _equal(ours: Mapping[str, Any], theirs: Mapping[str, Any], length: int) -> d
         "largest_relative_error": round(max(e / m for e, m in zip(errors, largest, strict=True)), 5),
         "same_active_tokens": _share([our["n_active"] == their["n_active"] for our, their in both]),
         "same_promoted_tokens": _share([set(our["promoted"]) == set(their["promoted"]) for our, their in both]),
-        "same_first_promoted": _share([our["promoted"][0] == their["promoted"][0] for our, their in both]),
+        "same_first_promoted": _share([our["promoted"][:1] == their["promoted"][:1] for our, their in both]),
         "same_strongest_token": _share(inner),
         "strongest_tokens_compared": len(inner),
     }

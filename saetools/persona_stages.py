@@ -50,7 +50,8 @@ class PersonaConfig:
     positions: tuple[Positions, ...] = ("prompt", "response")
     """Roles that are diffed, over the base's own answers."""
     role: Positions = "response"
-    """The one whose changes rank latents."""
+    """The one whose changes rank latents: by default the answers, where behaviour shows and certificates are scored.
+    arXiv 2506.19823 ranks at prompts, which are diffed beside."""
     n_candidates: int = 10
     """Latents that are certified, one by one and together: of those that rose in all selection organisms, the first by
     increase and the first by attribution, in turn."""

@@ -62,6 +62,8 @@ class Certify:
 
     def __post_init__(self) -> None:
         at_least(1, "--n-top", self.n_top)
+        if twice := sorted({latent for latent in self.latents if self.latents.count(latent) > 1}):
+            raise InputError("--latents", expected="each latent once", received=f"{twice[0]} twice", remedy="drop one")
 
     def run(self) -> None:
         """Certify, save, print the verdicts."""

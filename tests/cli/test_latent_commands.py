@@ -256,6 +256,7 @@ def test_a_local_model_is_asked(indexed: Path, folder: Path, capsys: pytest.Capt
         ("search --text a --adapter a --tuned b", "--adapter: expected either --adapter or --tuned, received both"),
         ("explain --store x --latents 1 --out OUT --local m --endpoint h --llm n", "--endpoint: expected who explains"),
         ("certify --diff x --out OUT", "--adapter: expected either --adapter or --tuned"),
+        ("certify --diff x --out OUT --adapter a --latents 5 7 5", "--latents: expected each latent once, received 5"),
         ("certify --diff x --out OUT --adapter a --n-top 0", "--n-top: expected 1 or more"),
         ("certify --diff x --out OUT --adapter a --endpoint http://h/v1", "--endpoint: expected both"),
         ("explain --store x --latents 1 --out OUT", "--local for a model that is run here, received none"),

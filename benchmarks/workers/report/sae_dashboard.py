@@ -122,6 +122,9 @@ def _answers(data: Any, model: Any, n_tokens: int) -> dict[int, dict[str, Any]]:
     answers = {}
     for latent, one in data.feature_data_dict.items():
         top = one.sequence_data.seq_group_data[0]
+        if one.acts_histogram_data.title is None:  # in bfloat16 it does not fire
+            answers[latent] = {"max": 0.0, "n_active": 0, "promoted": [], "top": []}
+            continue
         share = float(one.acts_histogram_data.title.rpartition(" = ")[2].rstrip("%")) / 100
         promoted = one.logits_table_data.top_token_ids[:N_TOKENS]
         answers[latent] = {
