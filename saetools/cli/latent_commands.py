@@ -175,30 +175,32 @@ class Search:
 
     def run(self) -> None:
         """Search and print."""
+        note = ""
         if self.text is not None:
-            self._by_text(self.text)
-            return
-        rows = self._by_explanation(str(self.explanation)) if self.token is None else self._by_token(self.token)
-        if self.json:
-            print_json({"hits": rows})
+            answer, rows, note = self._by_text(self.text)
         else:
-            self._show(rows)
-
-    def _show(self, rows: list[dict[str, Any]]) -> None:
+            rows = self._by_explanation(str(self.explanation)) if self.token is None else self._by_token(self.token)
+            answer = {"hits": rows}
+        if self.json:
+            print_json(answer)
+            return
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
 
-        if not rows:
+        if rows:
+            table = Table(*rows[0])
+            for row in rows:
+                cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+                table.add_row(*(escape(printable(cell)) for cell in cells))
+            Console().print(table)
+        else:
             print("no latent")
-            return
-        table = Table(*rows[0])
-        for row in rows:
-            cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
-            table.add_row(*(escape(printable(cell)) for cell in cells))
-        Console().print(table)
+        if note:
+            print(note)
 
-    def _by_text(self, text: str) -> None:
+    def _by_text(self, text: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+        """The whole answer, the rows of a table, and what is to be said of it."""
         from saetools.interpret import search_text
         from saetools.sae.identity import sae_sha256
 
@@ -206,19 +208,16 @@ class Search:
         sae, site = self.sae.load(models["base"])
         order = self.order or ("increase" if "tuned" in models else "value")
         found = search_text(models, sae, text, over=self.over, order=order, n=self.n, site=site)
-        if self.json:
-            asked: dict[str, Any] = {"text": text, "over": self.over, "order": order}
-            asked |= {"sae": sae_sha256(sae), "site": str(site)}
-            asked |= {"models": {name: lm.describe() for name, lm in models.items()}}
-            print_json({**dataclasses.asdict(found), "provenance": asked})
-            return
+        asked: dict[str, Any] = {"text": text, "over": self.over, "order": order}
+        asked |= {"sae": sae_sha256(sae), "site": str(site)}
+        asked |= {"models": {name: lm.describe() for name, lm in models.items()}}
         rows = []
         for hit in found.hits:
             acts = hit.acts[list(models)[-1]]
             peak = max(range(len(acts)), key=lambda place: acts[place])
             rows.append({"latent": hit.latent, **hit.values, "strongest on": found.tokens[peak]})
-        self._show(rows)
-        print(f"{found.n_active} latents fire on it; its first token, an attention sink, is left out")
+        note = f"{found.n_active} latents fire on it; its first token, an attention sink, is left out"
+        return {**dataclasses.asdict(found), "provenance": asked}, rows, note
 
     def _by_token(self, token: str) -> list[dict[str, Any]]:
         from saetools.latents import LatentStore

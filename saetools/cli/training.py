@@ -172,7 +172,7 @@ class Train:
                 self.config,
                 Path(self.out) if len(sites) == 1 else Path(self.out) / str(site),
                 site,
-                SAEMetadata(model_name=model_name, site=str(site), provenance={"activations": origin}),
+                SAEMetadata(model_name=model_name, provenance={"activations": origin}),
             )
             for site in sites
         ]

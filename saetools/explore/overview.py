@@ -52,11 +52,10 @@ def layout(workspace: Workspace, role: str | None) -> list[Component]:
     if (traced := workspace.trajectory) is not None:
         drawn = styled(traced.figure(), height=120 + 14 * len(traced.latents))
         drawn.update_layout(margin={"l": 100})
-        plot = dcc.Graph(id="onsets", figure=drawn, className="plot", config={"displaylogo": False})
         parts += [
             html.H2("When latents rose"),
             html.P("Changes in shares of the largest of each; a cross marks the onset."),
-            plot,
+            _graph("onsets", drawn),
         ]
     if report is not None and (found := fidelity_table(report)).rows:
         parts.append(table(found))

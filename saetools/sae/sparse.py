@@ -334,13 +334,11 @@ class LatentMajorPairs:
     ) -> Float[Tensor, "d_sae d_in"]:
         """For every latent, the sum over its tokens of value times x; written to `out` if given."""
         out = x.new_empty(self.d_sae, x.shape[1]) if out is None else out
-        if x.device.type == "cuda":  # which has fast memory enough
-            bags = self.tokens, x, self.starts[:-1]
-            return out.copy_(torch.nn.functional.embedding_bag(*bags, per_sample_weights=pairs, mode="sum"))
-        edges = [*self.starts[::_SUMMED_ROWS].tolist(), len(pairs)]
-        for number, rows in enumerate(torch.split(out, _SUMMED_ROWS)):
+        size = max(1, self.d_sae) if x.device.type == "cuda" else _SUMMED_ROWS  # a GPU has fast memory enough
+        edges = [*self.starts[:-1:size].tolist(), len(pairs)]
+        for number, rows in enumerate(torch.split(out, size)):
             first, last = edges[number : number + 2]
-            starts = self.starts[number * _SUMMED_ROWS :][: len(rows)] - first
+            starts = self.starts[number * size :][: len(rows)] - first
             weights = pairs[first:last]
             bags = self.tokens[first:last], x, starts
             rows.copy_(torch.nn.functional.embedding_bag(*bags, per_sample_weights=weights, mode="sum"))

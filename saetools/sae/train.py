@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -22,7 +21,6 @@ from saetools.sae.trainer import Batch, Trainer
 from saetools.team import Team
 
 _SAMPLE = 65536  # tokens on which norms and mean are measured
-_UNNAMED = Site(2**31)  # no layer of any model: what `train_sae` reads may be any site
 
 
 @runtime_checkable
@@ -79,10 +77,6 @@ class TrainRun:
     site: Site
     metadata: SAEMetadata = SAEMetadata()
 
-    def __post_init__(self) -> None:
-        if not self.metadata.site and self.site != _UNNAMED:
-            object.__setattr__(self, "metadata", dataclasses.replace(self.metadata, site=str(self.site)))
-
 
 def train_sae(
     source: ActivationSource,
@@ -125,9 +119,9 @@ def train_sae(
         >>> train_sae(store.at(Site(1)), config, folder + "/sae").d_sae
         64
     """
-    (sae,) = train_saes(
+    (sae,) = _train(
         _OneSite(source),
-        [TrainRun(config, out, _UNNAMED, metadata)],
+        [TrainRun(config, out, _ONE, metadata)],
         on_progress=None if on_progress is None else lambda _, progress: on_progress(progress),
         device=device,
     )
@@ -157,6 +151,17 @@ def train_saes(
         NonFiniteError: as `train_sae`.
         ResourceError: as `train_sae`.
     """
+    named = [replace(run, metadata=replace(run.metadata, site=run.metadata.site or str(run.site))) for run in runs]
+    return _train(source, named, on_progress=on_progress, device=device)
+
+
+def _train(
+    source: SitesSource,
+    runs: Sequence[TrainRun],
+    *,
+    on_progress: Callable[[int, Progress], None] | None,
+    device: torch.device | str,
+) -> list[SAE]:
     _check(runs, device)
     config = runs[0].config
     steps_per_epoch = source.n_batches(config.batch_size)
@@ -221,6 +226,9 @@ def _check(runs: Sequence[TrainRun], device: torch.device | str) -> None:
         raise InputError("runs", expected="a folder for each", received="one twice", remedy="change out")
 
 
+_ONE = Site(0)
+
+
 @dataclass(frozen=True)
 class _OneSite:
     """A source of one site among those of several; what the site is does not matter."""
@@ -234,7 +242,7 @@ class _OneSite:
         self, batch_size: int, *, seed: int, epoch: int = 0, start: int = 0
     ) -> Iterator[Mapping[Site, Batch]]:
         batches = self.source.epoch_batches(batch_size, seed=seed, epoch=epoch, start=start)
-        return ({_UNNAMED: batch} for batch in batches)
+        return ({_ONE: batch} for batch in batches)
 
     def sample(self, n_tokens: int, *, seed: int) -> Mapping[Site, Batch]:
-        return {_UNNAMED: self.source.sample(n_tokens, seed=seed)}
+        return {_ONE: self.source.sample(n_tokens, seed=seed)}
